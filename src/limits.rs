@@ -1,0 +1,57 @@
+//! Everything that can grow has its limit here, with the reason for its default.
+
+use std::time::Duration;
+
+/// Longest namespace name, in bytes: a DNS label, so that it can be one.
+pub const NAMESPACE_BYTES_MAX: usize = 63;
+/// Longest name of anything else (attribute, principal), in bytes of UTF-8.
+pub const NAME_BYTES_MAX: usize = 256;
+/// Shortest session id that a caller may choose: 16 characters of base64url hold 96 bits.
+pub const SESSION_ID_CHARS_MIN: usize = 16;
+/// Longest session id that a caller may choose.
+pub const SESSION_ID_CHARS_MAX: usize = 128;
+/// Largest attribute value, in bytes.
+pub const ATTRIBUTE_VALUE_BYTES_MAX: usize = 256 * 1024;
+/// Largest session: the sum of its attributes' names and values, in bytes.
+pub const SESSION_BYTES_MAX: usize = 1024 * 1024;
+/// Most attributes of one session.
+pub const SESSION_ATTRIBUTES_MAX: usize = 256;
+/// Largest log entry, in bytes: one sync's worth at a millisecond or two.
+pub const ENTRY_BYTES_MAX: usize = 2 * 1024 * 1024;
+/// Largest request or message, in bytes; tonic's own default.
+pub const REQUEST_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Most session selectors in one BatchGetSessions, and most sessions on one page of a list.
+pub const PAGE_SIZE_MAX: usize = 1_000;
+/// Sessions on a page of a list whose caller did not say.
+pub const PAGE_SIZE_DEFAULT: usize = 100;
+
+/// Shortest idle or absolute timeout.
+pub const TIMEOUT_MIN: Duration = Duration::from_secs(1);
+/// Longest idle or absolute timeout that is not "never": ten years.
+pub const TIMEOUT_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+/// Idle timeout of a session whose creator did not say: the servlet default.
+pub const IDLE_TIMEOUT_DEFAULT: Duration = Duration::from_secs(30 * 60);
+
+/// Most requests that a record remembers.
+pub const REMEMBERED_REQUESTS_MAX: usize = 8;
+/// Longest time between a request's first sending and its last application.
+pub const REQUEST_LIFETIME_MAX: Duration = Duration::from_secs(60);
+/// Deadline of a request whose caller did not say.
+pub const REQUEST_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
+/// How long a removed key stays retired: longer than any request lives.
+pub const TOMBSTONE_LIFETIME: Duration = Duration::from_secs(60);
+/// Most expired records that one Tick removes, so that none holds up the writes behind it.
+pub const EXPIRE_BATCH_MAX: usize = 1_000;
+
+/// Log entries under way at once from one node's queue; the prototype gained nothing beyond 8.
+pub const ENTRIES_IN_FLIGHT_MAX: usize = 8;
+/// Commands that a node holds, queued or under way, before it refuses more.
+pub const PROPOSALS_PENDING_MAX: usize = 65_536;
+/// Bytes of commands that a node holds before it refuses more.
+pub const PROPOSAL_BYTES_PENDING_MAX: usize = 128 * 1024 * 1024;
+/// Requests under way on one pipeline before the server stops reading from it.
+pub const PIPELINE_IN_FLIGHT_MAX: usize = 4_096;
+/// Reads that wait for barriers on one node before it refuses more.
+pub const READS_PENDING_MAX: usize = 65_536;
+/// Read barriers under way at once; the prototype gained a tenth over one.
+pub const BARRIERS_IN_FLIGHT_MAX: usize = 4;

@@ -1,0 +1,7 @@
+//! The core.
+
+mod command;
+mod time;
+
+pub use command::*;
+pub use time::*;
