@@ -1,0 +1,314 @@
+//! Keeps the durable copy of the state near the log: checkpoints, and the snapshots behind them.
+//!
+//! One thread owns the checkpoint store. It takes the dirty map when the log behind the last
+//! checkpoint has grown enough or enough time has passed, waits until that point of the log is on
+//! the local disk, and writes. A snapshot is streamed out of a finished checkpoint by a thread of
+//! its own while writing goes on. Any failure halts the node: it could not keep its promise to
+//! restart.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+
+use super::convert::boundary_encode;
+use super::halt::Halt;
+use super::log::Durable;
+use super::machine::{Core, Taken};
+use crate::clock::Clock;
+use crate::state;
+use crate::storage::checkpoint::{CheckpointError, CheckpointStore, FrozenCheckpoint};
+use crate::storage::snapshot::{self, SnapshotFile, SnapshotReader, SnapshotWriter};
+use crate::storage::wal::Wal;
+
+/// How often the thread looks whether a checkpoint is due: the minimum pause between two.
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
+
+/// When checkpoints and snapshots are due, and how far they may lag.
+#[derive(Clone, Debug)]
+pub struct CheckpointPolicy {
+    /// A checkpoint is due when the log behind the last one has so many bytes: about what a
+    /// restart applies again in a second.
+    pub log_bytes: u64,
+    /// A checkpoint is due when the last one is so old and anything has changed.
+    pub age: Duration,
+    /// Proposals are slowed while the log behind the last checkpoint has more bytes than this.
+    pub log_bytes_max: u64,
+    /// A snapshot is due when the log behind the last one has at least so many bytes, and more
+    /// than twice those of the state.
+    pub snapshot_log_bytes: u64,
+}
+
+impl Default for CheckpointPolicy {
+    fn default() -> Self {
+        Self {
+            log_bytes: 192 << 20,
+            age: Duration::from_secs(30),
+            log_bytes_max: 1 << 30,
+            snapshot_log_bytes: 256 << 20,
+        }
+    }
+}
+
+enum Message {
+    BuildSnapshot(oneshot::Sender<io::Result<SnapshotFile>>),
+    Stop,
+}
+
+/// A handle on the thread.
+#[derive(Clone)]
+pub(crate) struct Checkpointer {
+    messages: SyncSender<Message>,
+    shared: Arc<Mutex<Shared>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    snapshot: Option<SnapshotFile>,
+    /// Log index of the newest finished checkpoint.
+    index: Option<u64>,
+    finished_at: Option<Duration>,
+    disk_bytes: u64,
+    /// The thread, until it is joined.
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What an operator wants to know of checkpoints.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct CheckpointStatus {
+    pub(crate) index: Option<u64>,
+    pub(crate) finished_at: Option<Duration>,
+}
+
+/// What the thread works with.
+pub(crate) struct CheckpointerParts {
+    pub(crate) store: CheckpointStore,
+    pub(crate) core: Arc<Core>,
+    pub(crate) durable: Arc<Durable>,
+    pub(crate) wal: Wal,
+    pub(crate) snapshots: PathBuf,
+    pub(crate) snapshot: Option<SnapshotFile>,
+    pub(crate) index: Option<u64>,
+    pub(crate) policy: CheckpointPolicy,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) halt: Halt,
+    /// Asks Raft to take a snapshot, and with it to purge its log.
+    pub(crate) snapshot_due: Box<dyn Fn() + Send>,
+}
+
+impl Checkpointer {
+    pub(crate) fn start(parts: CheckpointerParts) -> io::Result<Self> {
+        let (messages, inbox) = sync_channel(16);
+        let shared = Arc::new(Mutex::new(Shared {
+            snapshot: parts.snapshot.clone(),
+            index: parts.index,
+            finished_at: parts.index.map(|_| parts.clock.monotonic()),
+            ..Shared::default()
+        }));
+        let worker = Worker { parts, shared: shared.clone(), asked: false };
+        let thread = std::thread::Builder::new()
+            .name("checkpoint".into())
+            .spawn(move || worker.run(&inbox))?;
+        let this = Self { messages, shared };
+        this.lock().thread = Some(thread);
+        Ok(this)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn status(&self) -> CheckpointStatus {
+        let shared = self.lock();
+        CheckpointStatus { index: shared.index, finished_at: shared.finished_at }
+    }
+
+    pub(crate) fn current_snapshot(&self) -> Option<SnapshotFile> {
+        self.lock().snapshot.clone()
+    }
+
+    /// Notes a snapshot that came from the leader and is durable.
+    pub(crate) fn installed(&self, file: SnapshotFile) {
+        self.lock().snapshot = Some(file);
+    }
+
+    /// Makes a checkpoint and a snapshot out of it.
+    pub(crate) async fn build_snapshot(&self) -> io::Result<SnapshotFile> {
+        let (done, built) = oneshot::channel();
+        self.messages
+            .try_send(Message::BuildSnapshot(done))
+            .map_err(|_| io::Error::other("the checkpoint thread is busy or has stopped"))?;
+        built.await.map_err(|_| io::Error::other("the checkpoint thread has stopped"))?
+    }
+
+    /// Makes a last checkpoint and ends the thread. Blocks.
+    pub(crate) fn stop(&self) {
+        // A thread that is already gone has said why.
+        let _ = self.messages.send(Message::Stop);
+        let thread = self.lock().thread.take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Worker {
+    parts: CheckpointerParts,
+    shared: Arc<Mutex<Shared>>,
+    /// Whether Raft was asked for a snapshot that it has not begun yet.
+    asked: bool,
+}
+
+impl Worker {
+    fn run(mut self, inbox: &Receiver<Message>) {
+        loop {
+            let result = match inbox.recv_timeout(CHECK_INTERVAL) {
+                Ok(Message::BuildSnapshot(done)) => self.snapshot(done),
+                Ok(Message::Stop) | Err(RecvTimeoutError::Disconnected) => {
+                    if let Err(error) = self.checkpoint_if_dirty() {
+                        tracing::warn!(%error, "no last checkpoint");
+                    }
+                    return;
+                }
+                Err(RecvTimeoutError::Timeout) => self.look(),
+            };
+            if let Err(error) = result {
+                self.parts.halt.because(&format!("checkpoint failed: {error}"));
+                return;
+            }
+        }
+    }
+
+    fn shared(&self) -> std::sync::MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn look(&mut self) -> Result<(), CheckpointError> {
+        let (index, finished_at) = {
+            let shared = self.shared();
+            (shared.index, shared.finished_at)
+        };
+        let lag = self.parts.wal.bytes_after(index.unwrap_or(0));
+        let old = finished_at
+            .is_none_or(|at| self.parts.clock.monotonic().saturating_sub(at) >= self.parts.policy.age);
+        if lag >= self.parts.policy.log_bytes {
+            // Even if the log has grown by commands that changed nothing: it has to be purged.
+            self.checkpoint()?;
+        } else if old {
+            self.checkpoint_if_dirty()?;
+        }
+        self.ask_for_snapshot();
+        Ok(())
+    }
+
+    fn ask_for_snapshot(&mut self) {
+        let (snapshot, disk_bytes) = {
+            let shared = self.shared();
+            (shared.snapshot.as_ref().map(SnapshotFile::index), shared.disk_bytes)
+        };
+        let behind = self.parts.wal.bytes_after(snapshot.unwrap_or(0));
+        // The pages' two slots make the disk hold the state about twice.
+        let due = behind > self.parts.policy.snapshot_log_bytes.max(disk_bytes);
+        if due && !self.asked {
+            self.asked = true;
+            (self.parts.snapshot_due)();
+        }
+    }
+
+    fn checkpoint_if_dirty(&mut self) -> Result<(), CheckpointError> {
+        if self.parts.core.dirty_records() > 0 { self.checkpoint() } else { Ok(()) }
+    }
+
+    fn checkpoint(&mut self) -> Result<(), CheckpointError> {
+        let Some(Taken { boundary, installed, changes }) = self.parts.core.take_dirty() else {
+            return Ok(());
+        };
+        let index = boundary.log_id.index;
+        if !self.parts.durable.wait(index) {
+            return Err(CheckpointError::other("the log has stopped"));
+        }
+        let started = self.parts.clock.monotonic();
+        if let Some(file) = installed {
+            self.replace(&file)?;
+        }
+        let count = changes.len();
+        let mut encoded = changes.into_iter().map(|(key, record)| {
+            let value = record.map(|record| state::encode_record(&record));
+            (state::encode_key(&key), value)
+        });
+        self.parts.store.write(&mut encoded, index, boundary_encode(&boundary))?;
+        let now = self.parts.clock.monotonic();
+        let mut shared = self.shared();
+        shared.index = Some(index);
+        shared.finished_at = Some(now);
+        shared.disk_bytes = self.parts.store.disk_bytes();
+        tracing::debug!(index, changes = count, took = ?now.saturating_sub(started), "checkpoint");
+        Ok(())
+    }
+
+    fn replace(&mut self, file: &SnapshotFile) -> Result<(), CheckpointError> {
+        let mut reader = SnapshotReader::open(file.path()).map_err(CheckpointError::other)?;
+        let header = Bytes::copy_from_slice(reader.header());
+        let index = reader.index();
+        self.parts.store.replace(&mut reader.records(), index, header)?;
+        Ok(())
+    }
+
+    /// Begins a snapshot of a fresh checkpoint; a thread of its own streams it.
+    fn snapshot(
+        &mut self,
+        done: oneshot::Sender<io::Result<SnapshotFile>>,
+    ) -> Result<(), CheckpointError> {
+        self.asked = false;
+        self.checkpoint_if_dirty()?;
+        let current = self.shared().snapshot.clone();
+        let Some(frozen) = self.parts.store.freeze() else {
+            let _ = done.send(Err(io::Error::other("nothing has been applied yet")));
+            return Ok(());
+        };
+        if let Some(file) = current.filter(|file| file.index() >= frozen.root().index) {
+            let _ = done.send(Ok(file));
+            return Ok(());
+        }
+        let (shared, directory) = (self.shared.clone(), self.parts.snapshots.clone());
+        let halt = self.parts.halt.clone();
+        std::thread::Builder::new()
+            .name("snapshot".into())
+            .spawn(move || {
+                let built = write_snapshot(&frozen, &directory);
+                drop(frozen);
+                match &built {
+                    Ok(file) => {
+                        let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                        let newer =
+                            shared.snapshot.as_ref().is_none_or(|old| old.index() < file.index());
+                        if newer {
+                            shared.snapshot = Some(file.clone());
+                        }
+                    }
+                    Err(error) => halt.because(&format!("snapshot failed: {error}")),
+                }
+                // Raft may have stopped waiting; the file counts all the same.
+                let _ = done.send(built);
+            })
+            .map_err(CheckpointError::other)?;
+        Ok(())
+    }
+}
+
+fn write_snapshot(frozen: &FrozenCheckpoint, directory: &std::path::Path) -> io::Result<SnapshotFile> {
+    let root = frozen.root();
+    let mut writer = SnapshotWriter::create(directory, root.index, &root.header)?;
+    frozen
+        .records(&mut |key, value| writer.write(key, value).map_err(CheckpointError::other))
+        .map_err(io::Error::other)?;
+    let file = writer.finish()?;
+    snapshot::remove_older(directory, file.index())?;
+    tracing::info!(index = file.index(), "snapshot written");
+    Ok(file)
+}

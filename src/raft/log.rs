@@ -1,0 +1,330 @@
+//! Raft's log and vote on the write-ahead log.
+//!
+//! openraft asks for votes and entries to go through one ordered queue; the write-ahead log is
+//! that queue. `append` returns once the records are queued (and readable), its callback runs when
+//! they are on disk. Truncations and purges are queued without waiting: whatever is asked for
+//! later stands behind them.
+
+use std::fmt::Debug;
+use std::io;
+use std::ops::{Bound, RangeBounds};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
+use openraft::{OptionalSend, RaftLogId as _};
+
+use super::convert;
+use super::types::{Entry, LogId, TypeConfig, Vote};
+use crate::limits::ENTRY_BYTES_MAX;
+use crate::storage::wal::{Recovered, Wal, WalError, WalRecord};
+
+/// Bytes of entries that one append to a peer may carry: two entries of the largest size.
+const APPEND_BYTES_MAX: usize = 2 * ENTRY_BYTES_MAX;
+
+/// How far the local log is known to be on disk, for those who must not run ahead of it.
+///
+/// A truncation starts a new epoch: what was queued before it says nothing about the records that
+/// take the place of those truncated.
+#[derive(Default)]
+pub(crate) struct Durable {
+    state: Mutex<DurableState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct DurableState {
+    /// One more than the highest index on disk.
+    next_index: u64,
+    epoch: u64,
+    failed: bool,
+}
+
+impl Durable {
+    fn lock(&self) -> MutexGuard<'_, DurableState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn epoch(&self) -> u64 {
+        self.lock().epoch
+    }
+
+    fn advance(&self, epoch: u64, next_index: u64) {
+        let mut state = self.lock();
+        if state.epoch == epoch {
+            state.next_index = state.next_index.max(next_index);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Begins an epoch in which nothing at or behind `next_index` is on disk yet.
+    fn truncate(&self, next_index: u64) -> u64 {
+        let mut state = self.lock();
+        state.next_index = state.next_index.min(next_index);
+        state.epoch += 1;
+        state.epoch
+    }
+
+    /// Says that nothing more will become durable.
+    pub(crate) fn fail(&self) {
+        self.lock().failed = true;
+        self.changed.notify_all();
+    }
+
+    /// Blocks until the record at `index` is on disk. False if the log has failed or closed.
+    pub(crate) fn wait(&self, index: u64) -> bool {
+        let state = self
+            .changed
+            .wait_while(self.lock(), |state| !state.failed && state.next_index <= index)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.next_index > index
+    }
+}
+
+/// The log store: a handle, cheap to clone.
+#[derive(Clone)]
+pub(crate) struct LogStore {
+    wal: Wal,
+    durable: Arc<Durable>,
+    shared: Arc<Mutex<Shared>>,
+}
+
+/// What openraft asks back.
+struct Shared {
+    vote: Option<Vote>,
+    committed: Option<LogId>,
+    purged: Option<LogId>,
+    last: Option<LogId>,
+}
+
+impl LogStore {
+    pub(crate) fn new(wal: Wal, recovered: &Recovered) -> io::Result<Self> {
+        let decode = |bytes: &Option<bytes::Bytes>| {
+            bytes.as_deref().map(convert::log_id_decode).transpose().map_err(invalid)
+        };
+        let purged = recovered.purged.as_ref().map(|(_, marker)| marker.clone());
+        let mut shared = Shared {
+            vote: recovered
+                .vote
+                .as_deref()
+                .map(convert::vote_decode)
+                .transpose()
+                .map_err(invalid)?,
+            committed: decode(&recovered.committed)?,
+            purged: decode(&purged)?,
+            last: None,
+        };
+        shared.last = shared.purged;
+        if let Some(last) = recovered.last_index {
+            let record = read_one(&wal, last)?;
+            shared.last = Some(record.log_id);
+        }
+        let durable = Arc::new(Durable::default());
+        if let Some(last) = recovered.last_index {
+            durable.advance(0, last + 1);
+        }
+        Ok(Self { wal, durable, shared: Arc::new(Mutex::new(shared)) })
+    }
+
+    pub(crate) fn durable(&self) -> Arc<Durable> {
+        self.durable.clone()
+    }
+
+    /// The last log id that was known to be committed when it was recovered or saved.
+    pub(crate) fn committed(&self) -> Option<LogId> {
+        self.lock().committed
+    }
+
+    /// Whether anything was ever written: a vote, or an entry.
+    pub(crate) fn is_pristine(&self) -> bool {
+        let shared = self.lock();
+        shared.vote.is_none() && shared.last.is_none()
+    }
+
+    pub(crate) fn vote(&self) -> Option<Vote> {
+        self.lock().vote
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Shared> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read(&self, from: u64, until: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
+        let records = self.wal.read(from..until, bytes_max).map_err(log_failed)?;
+        (from..)
+            .zip(records)
+            .map(|(index, record)| convert::record_in(index, record).map_err(invalid))
+            .collect()
+    }
+}
+
+fn read_one(wal: &Wal, index: u64) -> io::Result<Entry> {
+    let records = wal.read(index..index + 1, 0).map_err(log_failed)?;
+    let record =
+        records.into_iter().next().ok_or_else(|| invalid(convert::Malformed("log record")))?;
+    convert::record_in(index, record).map_err(invalid)
+}
+
+fn invalid(error: convert::Malformed) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+fn log_failed(error: WalError) -> io::Error {
+    io::Error::other(error)
+}
+
+impl RaftLogReader<TypeConfig> for LogStore {
+    async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> Result<Vec<Entry>, io::Error> {
+        let next = self.lock().last.map_or(0, |last| last.index + 1);
+        let from = match range.start_bound() {
+            Bound::Included(index) => *index,
+            Bound::Excluded(index) => index + 1,
+            Bound::Unbounded => 0,
+        };
+        let until = match range.end_bound() {
+            Bound::Included(index) => index + 1,
+            Bound::Excluded(index) => *index,
+            Bound::Unbounded => next,
+        };
+        let purged = self.lock().purged.map_or(0, |purged| purged.index + 1);
+        let (mut from, until) = (from.max(purged), until.min(next));
+        let mut entries = Vec::new();
+        while from < until {
+            let read = self.read(from, until, usize::MAX)?;
+            if read.is_empty() {
+                break;
+            }
+            from += read.len() as u64;
+            entries.extend(read);
+        }
+        Ok(entries)
+    }
+
+    async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
+        Ok(self.lock().vote)
+    }
+
+    async fn limited_get_log_entries(
+        &mut self,
+        start: u64,
+        end: u64,
+    ) -> Result<Vec<Entry>, io::Error> {
+        self.read(start, end, APPEND_BYTES_MAX)
+    }
+}
+
+impl RaftLogStorage<TypeConfig> for LogStore {
+    type LogReader = Self;
+
+    async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, io::Error> {
+        let shared = self.lock();
+        Ok(LogState { last_purged_log_id: shared.purged, last_log_id: shared.last })
+    }
+
+    async fn get_log_reader(&mut self) -> Self {
+        self.clone()
+    }
+
+    async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
+        let (done, saved) = tokio::sync::oneshot::channel();
+        self.wal.save_vote(
+            convert::vote_encode(vote),
+            Box::new(move |result| drop(done.send(result))),
+        );
+        saved.await.map_err(|_| io::Error::other("the log is closed"))?.map_err(log_failed)?;
+        self.lock().vote = Some(*vote);
+        Ok(())
+    }
+
+    async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
+        if let Some(committed) = committed {
+            self.wal.save_committed(committed.index, convert::log_id_encode(&committed));
+            self.lock().committed = Some(committed);
+        }
+        Ok(())
+    }
+
+    async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
+        Ok(self.lock().committed)
+    }
+
+    async fn append<I>(
+        &mut self,
+        entries: I,
+        callback: IOFlushed<TypeConfig>,
+    ) -> Result<(), io::Error>
+    where
+        I: IntoIterator<Item = Entry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let mut first = None;
+        let mut last = None;
+        let records: Vec<WalRecord> = entries
+            .into_iter()
+            .map(|entry| {
+                first.get_or_insert(entry.log_id.index());
+                last = Some(entry.log_id);
+                let (header, payload) = convert::record_out(entry);
+                WalRecord { header: header.into(), payload }
+            })
+            .collect();
+        let (Some(first), Some(last)) = (first, last) else {
+            callback.io_completed(Ok(()));
+            return Ok(());
+        };
+        self.lock().last = Some(last);
+        let durable = self.durable.clone();
+        let epoch = durable.epoch();
+        self.wal.append(
+            first,
+            records,
+            Box::new(move |result| {
+                match &result {
+                    Ok(()) => durable.advance(epoch, last.index + 1),
+                    Err(_) => durable.fail(),
+                }
+                callback.io_completed(result.map_err(log_failed));
+            }),
+        );
+        Ok(())
+    }
+
+    async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
+        // Nothing that is truncated was ever committed, so nobody waits for it.
+        let next_index = last.map_or(0, |last| last.index + 1);
+        let durable = self.durable.clone();
+        let epoch = durable.truncate(next_index);
+        let done = Box::new(move |result: Result<(), WalError>| match result {
+            Ok(()) => durable.advance(epoch, next_index),
+            Err(_) => durable.fail(),
+        });
+        match last {
+            Some(last) => self.wal.truncate_after(last.index, done),
+            None => self.wal.truncate_all(done),
+        }
+        self.lock().last = last;
+        Ok(())
+    }
+
+    async fn purge(&mut self, upto: LogId) -> Result<(), io::Error> {
+        let durable = self.durable.clone();
+        let epoch = durable.epoch();
+        // A purge can lie ahead of the log, when a snapshot has taken the place of all of it.
+        self.wal.purge_to(
+            upto.index,
+            convert::log_id_encode(&upto),
+            Box::new(move |result| match result {
+                Ok(()) => durable.advance(epoch, upto.index + 1),
+                Err(_) => durable.fail(),
+            }),
+        );
+        let mut shared = self.lock();
+        shared.purged = Some(upto);
+        if shared.last.is_none_or(|last| last.index <= upto.index) {
+            shared.last = Some(upto);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,339 @@
+//! The state machine as openraft sees it: entries in, replies and changes out.
+//!
+//! Nothing here waits for a disk. Applying changes memory and answers; the changes collect in a
+//! dirty map, from which the checkpointer takes them at a boundary of its choice. What a restart
+//! finds is the newest checkpoint or snapshot, and openraft applies the log behind it again.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _};
+use hashbrown::HashMap;
+use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend};
+use tokio::sync::watch;
+
+use super::checkpointer::Checkpointer;
+use super::clock::ClusterClock;
+use super::convert::{Boundary, boundary_decode};
+use super::types::{
+    CommittedLeaderId, LogId, Member, PackReply, SnapshotMeta, StoredMembership, TypeConfig,
+};
+use crate::state::{self, Change, Record, RecordKey, Reply, Restore, Revision, State};
+use crate::storage::snapshot::{SnapshotFile, SnapshotReader};
+
+type Snapshot = openraft::storage::Snapshot<CommittedLeaderId, u64, Member, SnapshotFile>;
+
+/// How far the state machine is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Applied {
+    /// One more than the index of the last entry applied.
+    pub(crate) next_index: u64,
+    pub(crate) revision: Revision,
+}
+
+/// The state of one replica, shared by those who apply, read and checkpoint.
+///
+/// - `inner` is locked for one entry, one batch of queries or one take of the dirty map at a time,
+///   and never across an await.
+pub(crate) struct Core {
+    inner: Mutex<Inner>,
+    applied: watch::Sender<Applied>,
+}
+
+struct Inner {
+    state: State,
+    last_applied: Option<LogId>,
+    membership: StoredMembership,
+    dirty: HashMap<RecordKey, Option<Record>>,
+    /// A snapshot that has replaced the state since the last checkpoint: the next one begins with
+    /// it, and the dirty map holds what came after it.
+    installed: Option<SnapshotFile>,
+    /// Reused from entry to entry.
+    changes: Vec<Change>,
+}
+
+/// What a checkpoint has to write.
+pub(crate) struct Taken {
+    pub(crate) boundary: Boundary,
+    pub(crate) installed: Option<SnapshotFile>,
+    pub(crate) changes: HashMap<RecordKey, Option<Record>>,
+}
+
+impl Core {
+    /// `installed` is the snapshot that the state came from, if the checkpoint is older.
+    pub(crate) fn new(
+        recovered: Option<(Boundary, State)>,
+        installed: Option<SnapshotFile>,
+    ) -> Arc<Self> {
+        let (last_applied, membership, state) = match recovered {
+            Some((boundary, state)) => (Some(boundary.log_id), boundary.membership, state),
+            None => (None, StoredMembership::default(), State::new()),
+        };
+        let applied = Applied {
+            next_index: last_applied.map_or(0, |log_id| log_id.index + 1),
+            revision: state.revision(),
+        };
+        Arc::new(Self {
+            inner: Mutex::new(Inner {
+                state,
+                last_applied,
+                membership,
+                dirty: HashMap::new(),
+                installed,
+                changes: Vec::new(),
+            }),
+            applied: watch::Sender::new(applied),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks at the state as of the last entry applied.
+    pub(crate) fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
+        look(&self.lock().state)
+    }
+
+    /// Follows how far the state machine is.
+    pub(crate) fn applied(&self) -> watch::Receiver<Applied> {
+        self.applied.subscribe()
+    }
+
+    pub(crate) fn last_applied(&self) -> Option<LogId> {
+        self.lock().last_applied
+    }
+
+    pub(crate) fn membership(&self) -> StoredMembership {
+        self.lock().membership.clone()
+    }
+
+    /// The number of records that the next checkpoint has to write.
+    pub(crate) fn dirty_records(&self) -> usize {
+        let inner = self.lock();
+        inner.dirty.len() + usize::from(inner.installed.is_some())
+    }
+
+    /// Takes all changes since the last take. `None` if nothing was ever applied.
+    pub(crate) fn take_dirty(&self) -> Option<Taken> {
+        let mut inner = self.lock();
+        let boundary = inner.boundary()?;
+        Some(Taken {
+            boundary,
+            installed: inner.installed.take(),
+            changes: std::mem::take(&mut inner.dirty),
+        })
+    }
+
+    fn apply(&self, entry: super::types::Entry, wanted: bool) -> io::Result<PackReply> {
+        let mut inner = self.lock();
+        let replies = match entry.payload {
+            EntryPayload::Blank => Vec::new(),
+            EntryPayload::Normal(pack) => inner.apply_pack(pack.0, wanted)?,
+            EntryPayload::Membership(membership) => {
+                inner.membership = StoredMembership::new(Some(entry.log_id), membership);
+                Vec::new()
+            }
+        };
+        inner.last_applied = Some(entry.log_id);
+        let applied =
+            Applied { next_index: entry.log_id.index + 1, revision: inner.state.revision() };
+        drop(inner);
+        self.applied.send_replace(applied);
+        Ok(PackReply(replies))
+    }
+
+    fn install(&self, boundary: Boundary, state: State, file: SnapshotFile) {
+        let mut inner = self.lock();
+        let applied =
+            Applied { next_index: boundary.log_id.index + 1, revision: state.revision() };
+        inner.state = state;
+        inner.last_applied = Some(boundary.log_id);
+        inner.membership = boundary.membership;
+        inner.dirty = HashMap::new();
+        inner.installed = Some(file);
+        drop(inner);
+        self.applied.send_replace(applied);
+    }
+}
+
+impl Inner {
+    fn boundary(&self) -> Option<Boundary> {
+        Some(Boundary {
+            log_id: self.last_applied?,
+            membership: self.membership.clone(),
+            state: self.state.header(),
+        })
+    }
+
+    fn apply_pack(&mut self, pack: Bytes, wanted: bool) -> io::Result<Vec<Reply>> {
+        let entry = state::decode_entry(pack)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        if entry.feature_level > state::FEATURE_LEVEL {
+            return Err(io::Error::other(format!(
+                "an entry has feature level {}, this version knows up to {}: upgrade this node",
+                entry.feature_level,
+                state::FEATURE_LEVEL
+            )));
+        }
+        self.state.advance(entry.stamp);
+        let mut replies = Vec::with_capacity(if wanted { entry.proposals.len() } else { 0 });
+        for proposal in entry.proposals {
+            let reply = match state::decode_command(proposal.command) {
+                Ok(command) => self.state.apply(&command, proposal.resend, &mut self.changes),
+                Err(_) => self.state.reject_malformed(),
+            };
+            if wanted {
+                replies.push(reply);
+            }
+        }
+        let traced = tracing::enabled!(target: "quorate::changes", tracing::Level::DEBUG);
+        for change in self.changes.drain(..) {
+            if traced {
+                trace(&change);
+            }
+            self.dirty.insert(change.key, change.after);
+        }
+        Ok(replies)
+    }
+}
+
+fn trace(change: &Change) {
+    let (kind, key) = match &change.key {
+        RecordKey::Session(key) => ("session", key),
+        RecordKey::Tombstone(key) => ("tombstone", key),
+    };
+    tracing::debug!(
+        target: "quorate::changes",
+        revision = change.revision.0,
+        kind,
+        namespace = %key.namespace,
+        handle = %key.digest,
+        cause = %change.cause,
+        "change"
+    );
+}
+
+/// openraft's handle on the core.
+pub(crate) struct StateMachine {
+    core: Arc<Core>,
+    clock: Arc<ClusterClock>,
+    checkpointer: Checkpointer,
+}
+
+impl StateMachine {
+    pub(crate) fn new(
+        core: Arc<Core>,
+        clock: Arc<ClusterClock>,
+        checkpointer: Checkpointer,
+    ) -> Self {
+        Self { core, clock, checkpointer }
+    }
+}
+
+/// Reads a snapshot file into a state. Blocks for as long as that takes.
+pub(crate) fn load_snapshot(file: &SnapshotFile) -> io::Result<(Boundary, State)> {
+    let invalid = |error: &dyn std::fmt::Display| {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("snapshot {}: {error}", file.path().display()),
+        )
+    };
+    let mut reader = SnapshotReader::open(file.path()).map_err(|error| invalid(&error))?;
+    let boundary = boundary_decode(reader.header()).map_err(|error| invalid(&error))?;
+    let mut restore = Restore::new(&boundary.state).map_err(|error| invalid(&error))?;
+    reader
+        .for_each(&mut |key, value| restore.insert(key, value).map_err(|error| error.to_string()))
+        .map_err(|error| invalid(&error))?;
+    let state = restore.finish().map_err(|error| invalid(&error))?;
+    Ok((boundary, state))
+}
+
+/// Reads what a snapshot file says of itself.
+pub(crate) fn load_snapshot_header(file: &SnapshotFile) -> io::Result<Boundary> {
+    let reader = SnapshotReader::open(file.path()).map_err(io::Error::other)?;
+    boundary_decode(reader.header()).map_err(io::Error::other)
+}
+
+/// The metadata of a snapshot file, from its header.
+pub(crate) fn snapshot_meta(boundary: &Boundary) -> SnapshotMeta {
+    SnapshotMeta {
+        last_log_id: Some(boundary.log_id),
+        last_membership: boundary.membership.clone(),
+    }
+}
+
+impl RaftStateMachine<TypeConfig> for StateMachine {
+    type SnapshotData = SnapshotFile;
+    type SnapshotBuilder = SnapshotBuilder;
+
+    async fn applied_state(
+        &mut self,
+    ) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        let inner = self.core.lock();
+        Ok((inner.last_applied, inner.membership.clone()))
+    }
+
+    async fn apply<S>(&mut self, mut entries: S) -> Result<(), io::Error>
+    where
+        S: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
+    {
+        while let Some(item) = entries.next().await {
+            let (entry, responder) = item?;
+            let replies = self.core.apply(entry, responder.is_some())?;
+            if let Some(responder) = responder {
+                responder.send(replies);
+            }
+        }
+        self.clock.observe_stamp(self.core.read(State::clock));
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> SnapshotBuilder {
+        SnapshotBuilder { checkpointer: self.checkpointer.clone() }
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        snapshot: SnapshotFile,
+    ) -> Result<(), io::Error> {
+        let file = snapshot.clone();
+        let (boundary, state) = tokio::task::spawn_blocking(move || load_snapshot(&file))
+            .await
+            .map_err(io::Error::other)??;
+        if Some(boundary.log_id) != meta.last_log_id {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("snapshot {} is not the one announced", snapshot.path().display()),
+            ));
+        }
+        tracing::info!(index = boundary.log_id.index, sessions = state.sessions(), "snapshot installed");
+        self.core.install(boundary, state, snapshot.clone());
+        self.checkpointer.installed(snapshot);
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        let Some(file) = self.checkpointer.current_snapshot() else { return Ok(None) };
+        let boundary = load_snapshot_header(&file)?;
+        Ok(Some(Snapshot { meta: snapshot_meta(&boundary), snapshot: file }))
+    }
+}
+
+/// Builds a snapshot out of a fresh checkpoint.
+pub(crate) struct SnapshotBuilder {
+    checkpointer: Checkpointer,
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
+    type SnapshotData = SnapshotFile;
+
+    async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
+        let file = self.checkpointer.build_snapshot().await?;
+        let boundary = load_snapshot_header(&file)?;
+        Ok(Snapshot { meta: snapshot_meta(&boundary), snapshot: file })
+    }
+}

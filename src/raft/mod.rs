@@ -1,0 +1,32 @@
+//! The shell around openraft: everything between a command and its place in the log.
+//!
+//! Reading order: [`node`](Node) owns a node's life; `formation` makes a cluster of empty nodes;
+//! `replica` is one Raft group; `proposals` packs commands into entries; `barrier` makes reads
+//! linearizable; `machine` applies; `checkpointer` keeps the durable copy; `clock` and `ticker` are
+//! time; `log`, `network`, `exchange` and `peer` are the disk and the wire as Raft uses them.
+
+mod barrier;
+mod checkpointer;
+mod clock;
+mod convert;
+mod exchange;
+mod formation;
+mod halt;
+mod leadership;
+mod log;
+mod machine;
+mod network;
+mod node;
+mod peer;
+mod proposals;
+mod recovery;
+mod replica;
+mod status;
+mod sweeper;
+mod ticker;
+mod types;
+
+pub use checkpointer::CheckpointPolicy;
+pub use node::{Node, NodeError, NodeOptions, ReadError, WriteError};
+pub use replica::RaftTimeouts;
+pub use status::{MemberStatus, NodeStatus, Role};

@@ -1,0 +1,441 @@
+//! The way to other nodes: connections, and openraft's network on them.
+//!
+//! Each peer has four connections, so that a snapshot or a full pipe of appends never delays a
+//! vote or a heartbeat. Appends of one replication session are one bidirectional stream, as deep
+//! as the follower's flow control allows, answered in order.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::io::Read as _;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _, stream};
+use openraft::base::{BoxFuture, BoxStream};
+use openraft::errors::{
+    NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable,
+};
+use openraft::network::{
+    Backoff, RPCOption, RaftNetworkFactory, RaftNetworkV2, stream_append_sequential,
+};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult,
+    VoteRequest, VoteResponse,
+};
+use openraft::type_config::alias::SnapshotOf;
+use openraft::OptionalSend;
+use tokio::sync::Notify;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+
+use super::clock::ClusterClock;
+use super::convert::{
+    append_result_in, entry_out, log_id_in, log_id_out, vote_in, vote_out,
+};
+use super::types::{Member, TypeConfig, Vote};
+use crate::limits::ENTRY_BYTES_MAX;
+use crate::proto::peer;
+use crate::proto::peer::peer_service_client::PeerServiceClient;
+use crate::storage::snapshot::SnapshotFile;
+
+/// Largest message between nodes: an append of entries, with room for its frame.
+pub(crate) const PEER_MESSAGE_BYTES_MAX: usize = 4 * ENTRY_BYTES_MAX;
+/// A new connection that takes longer has failed; loopback and data centres need a fraction.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+/// Pause before another attempt to reach a peer that could not be reached.
+const UNREACHABLE_PAUSE: Duration = Duration::from_millis(100);
+/// How long a commit that no entry follows is held back for one that might: see `hold_commits`.
+const COMMIT_HOLD: Duration = Duration::from_millis(1);
+const SNAPSHOT_CHUNK_BYTES: usize = 256 * 1024;
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Who a node is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) cluster_id: u128,
+    pub(crate) node_id: u64,
+    pub(crate) incarnation: u64,
+}
+
+/// Connections to all peers, made on first use.
+pub(crate) struct Peers {
+    pub(crate) identity: Identity,
+    pub(crate) clock: Arc<ClusterClock>,
+    /// Ends the holding back of commits.
+    pub(crate) flush_commits: Arc<Notify>,
+    links: Mutex<HashMap<(u64, String), Arc<PeerLink>>>,
+}
+
+/// The connections to one peer.
+pub(crate) struct PeerLink {
+    control: Channel,
+    append: Channel,
+    bulk: Channel,
+    exchange: Channel,
+}
+
+/// A lazy connection to a peer's address.
+///
+/// # Errors
+///
+/// If the address is not of the form host:port.
+pub(crate) fn connect(address: &str) -> Result<Channel, tonic::transport::Error> {
+    Ok(Endpoint::from_shared(format!("http://{address}"))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .initial_stream_window_size(4 << 20)
+        .initial_connection_window_size(16 << 20)
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .connect_lazy())
+}
+
+pub(crate) fn client(channel: Channel) -> PeerServiceClient<Channel> {
+    PeerServiceClient::new(channel)
+        .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX)
+}
+
+impl Peers {
+    pub(crate) fn new(identity: Identity, clock: Arc<ClusterClock>) -> Arc<Self> {
+        Arc::new(Self {
+            identity,
+            clock,
+            flush_commits: Arc::new(Notify::new()),
+            links: Mutex::new(HashMap::new()),
+        })
+    }
+
+    fn link(
+        &self,
+        node: u64,
+        member: &Member,
+    ) -> Result<Arc<PeerLink>, tonic::transport::Error> {
+        let key = (node, member.peer_address.clone());
+        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(link) = links.get(&key) {
+            return Ok(link.clone());
+        }
+        let address = &member.peer_address;
+        let link = Arc::new(PeerLink {
+            control: connect(address)?,
+            append: connect(address)?,
+            bulk: connect(address)?,
+            exchange: connect(address)?,
+        });
+        links.insert(key, link.clone());
+        Ok(link)
+    }
+
+    /// A client for small questions.
+    pub(crate) fn exchange_client(
+        &self,
+        node: u64,
+        member: &Member,
+    ) -> Result<PeerServiceClient<Channel>, tonic::transport::Error> {
+        Ok(client(self.link(node, member)?.exchange.clone()))
+    }
+
+    /// What opens a message or a stream to a peer.
+    pub(crate) fn header(&self, to_node: u64, to_incarnation: u64) -> peer::Header {
+        peer::Header {
+            cluster_id_high: (self.identity.cluster_id >> 64) as u64,
+            cluster_id_low: self.identity.cluster_id as u64,
+            from_node: self.identity.node_id,
+            from_incarnation: self.identity.incarnation,
+            to_node,
+            to_incarnation,
+            clock: Some(self.clock.announce()),
+        }
+    }
+}
+
+/// Makes openraft's connections.
+pub(crate) struct NetworkFactory {
+    pub(crate) peers: Arc<Peers>,
+}
+
+impl NetworkFactory {
+    fn network(&self, target: u64, member: &Member, pipelined: bool) -> Network {
+        Network {
+            peers: self.peers.clone(),
+            link: self.peers.link(target, member).map_err(|error| error.to_string()),
+            target,
+            incarnation: member.incarnation,
+            pipelined,
+        }
+    }
+}
+
+impl RaftNetworkFactory<TypeConfig> for NetworkFactory {
+    type Network = Network;
+
+    async fn new_client(&mut self, target: u64, member: &Member) -> Network {
+        self.network(target, member, true)
+    }
+
+    async fn new_heartbeat_client(&mut self, target: u64, member: &Member) -> Network {
+        self.network(target, member, false)
+    }
+}
+
+/// One of openraft's connections to one peer.
+pub(crate) struct Network {
+    peers: Arc<Peers>,
+    link: Result<Arc<PeerLink>, String>,
+    target: u64,
+    incarnation: u64,
+    /// Whether appends use a stream. Heartbeats and read barriers are single calls, on the
+    /// control connection.
+    pipelined: bool,
+}
+
+type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
+
+fn failed(status: &tonic::Status) -> RPCError<TypeConfig> {
+    if status.code() == tonic::Code::Unavailable {
+        RPCError::Unreachable(Unreachable::from_string(status.message()))
+    } else {
+        RPCError::Network(NetworkError::from_string(format!(
+            "{:?}: {}",
+            status.code(),
+            status.message()
+        )))
+    }
+}
+
+fn malformed(error: super::convert::Malformed) -> RPCError<TypeConfig> {
+    RPCError::Network(NetworkError::from_string(error))
+}
+
+impl Network {
+    fn link(&self) -> RpcResult<&PeerLink> {
+        match &self.link {
+            Ok(link) => Ok(link),
+            Err(error) => Err(RPCError::Unreachable(Unreachable::from_string(error))),
+        }
+    }
+
+    fn header(&self) -> peer::Header {
+        self.peers.header(self.target, self.incarnation)
+    }
+
+    async fn ask_vote(
+        &self,
+        rpc: VoteRequest<TypeConfig>,
+        pre_vote: bool,
+        option: RPCOption,
+    ) -> RpcResult<VoteResponse<TypeConfig>> {
+        let mut request = tonic::Request::new(peer::VoteRequest {
+            header: Some(self.header()),
+            vote: Some(vote_out(&rpc.vote)),
+            last_log_id: rpc.last_log_id.as_ref().map(log_id_out),
+            pre_vote,
+            leadership_transfer: rpc.leadership_transfer,
+        });
+        request.set_timeout(option.hard_ttl());
+        let mut client = client(self.link()?.control.clone());
+        let response =
+            client.vote(request).await.map_err(|status| failed(&status))?.into_inner();
+        self.peers.clock.observe(self.target, response.clock.as_ref());
+        Ok(VoteResponse {
+            vote: vote_in(response.vote).map_err(malformed)?,
+            vote_granted: response.granted,
+            last_log_id: response.last_log_id.map(log_id_in),
+        })
+    }
+
+    async fn heartbeat(
+        &self,
+        rpc: AppendEntriesRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> RpcResult<AppendEntriesResponse<TypeConfig>> {
+        let mut request = tonic::Request::new(peer::HeartbeatRequest {
+            header: Some(self.header()),
+            vote: Some(vote_out(&rpc.vote)),
+            prev_log_id: rpc.prev_log_id.as_ref().map(log_id_out),
+            leader_commit: rpc.leader_commit.as_ref().map(log_id_out),
+        });
+        request.set_timeout(option.hard_ttl());
+        let mut client = client(self.link()?.control.clone());
+        let response =
+            client.heartbeat(request).await.map_err(|status| failed(&status))?.into_inner();
+        self.peers.clock.observe(self.target, response.clock.as_ref());
+        Ok(match append_result_in(response.result).map_err(malformed)? {
+            Ok(_) => AppendEntriesResponse::Success,
+            Err(openraft::raft::StreamAppendError::Conflict(_)) => AppendEntriesResponse::Conflict,
+            Err(openraft::raft::StreamAppendError::HigherVote(vote)) => {
+                AppendEntriesResponse::HigherVote(vote)
+            }
+        })
+    }
+
+    async fn open_append_stream<'s, S>(
+        &'s self,
+        input: S,
+    ) -> RpcResult<BoxStream<'s, RpcResult<StreamAppendResult<TypeConfig>>>>
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
+    {
+        let clock = self.peers.clock.clone();
+        let mut header = Some(self.header());
+        let flush = self.peers.flush_commits.clone();
+        let requests = hold_commits(input, flush).map(move |rpc| peer::AppendRequest {
+            header: header.take(),
+            vote: Some(vote_out(&rpc.vote)),
+            prev_log_id: rpc.prev_log_id.as_ref().map(log_id_out),
+            leader_commit: rpc.leader_commit.as_ref().map(log_id_out),
+            entries: rpc.entries.into_iter().map(entry_out).collect(),
+            clock: Some(clock.announce()),
+        });
+        let mut client = client(self.link()?.append.clone());
+        let responses =
+            client.append(requests).await.map_err(|status| failed(&status))?.into_inner();
+        let answers = responses.map(|response| match response {
+            Ok(response) => append_result_in(response.result).map_err(malformed),
+            Err(status) => Err(failed(&status)),
+        });
+        Ok(Box::pin(answers))
+    }
+}
+
+/// Spares the commit-only append that openraft sends after every commit.
+///
+/// A request without entries is held for up to `COMMIT_HOLD`; if another request follows, which
+/// carries the same commit or a later one, it goes instead. Nothing is ever acknowledged that the
+/// follower has not acknowledged: the answer to the later request covers the earlier one. The
+/// price is that a follower may apply that much later, so the hold ends at once when a follower
+/// has been told to wait for a commit.
+fn hold_commits<S>(
+    input: S,
+    flush: Arc<Notify>,
+) -> impl Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + 'static
+where
+    S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
+{
+    stream::unfold((input, flush, true), |(mut input, flush, mut first)| async move {
+        let mut request = input.next().await?;
+        while request.entries.is_empty() && !first {
+            let timeout = tokio::time::sleep(COMMIT_HOLD);
+            tokio::select! {
+                biased;
+                following = input.next() => match following {
+                    Some(following) => request = following,
+                    None => break,
+                },
+                () = flush.notified() => break,
+                () = timeout => break,
+            }
+        }
+        first = false;
+        Some((request, (input, flush, first)))
+    })
+}
+
+impl RaftNetworkV2<TypeConfig> for Network {
+    type SnapshotData = SnapshotFile;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> RpcResult<AppendEntriesResponse<TypeConfig>> {
+        self.heartbeat(rpc, option).await
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        option: RPCOption,
+    ) -> BoxFuture<'s, RpcResult<BoxStream<'s, RpcResult<StreamAppendResult<TypeConfig>>>>>
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
+    {
+        if self.pipelined {
+            Box::pin(self.open_append_stream(input))
+        } else {
+            stream_append_sequential(self, input, option)
+        }
+    }
+
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> RpcResult<VoteResponse<TypeConfig>> {
+        self.ask_vote(rpc, false, option).await
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> RpcResult<VoteResponse<TypeConfig>> {
+        self.ask_vote(rpc, true, option).await
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: Vote,
+        snapshot: SnapshotOf<TypeConfig, SnapshotFile>,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        _option: RPCOption,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        let chunks = snapshot_chunks(self.header(), &vote, &snapshot.snapshot)
+            .map_err(|error| StreamingError::from(NetworkError::from_string(error)))?;
+        let link = self.link().map_err(StreamingError::from)?;
+        let mut client = client(link.bulk.clone());
+        let sending = client.install_snapshot(chunks);
+        tokio::select! {
+            response = sending => {
+                let response = response
+                    .map_err(|status| StreamingError::from(failed(&status)))?
+                    .into_inner();
+                let vote = vote_in(response.vote)
+                    .map_err(|error| StreamingError::from(malformed(error)))?;
+                Ok(SnapshotResponse::new(vote))
+            }
+            closed = cancel => Err(StreamingError::Closed(closed)),
+        }
+    }
+
+    fn backoff(&self) -> Option<Backoff> {
+        Some(Backoff::new(std::iter::repeat(UNREACHABLE_PAUSE)))
+    }
+}
+
+/// Reads a snapshot file ahead of the network, a few chunks at a time, on a blocking thread.
+fn snapshot_chunks(
+    header: peer::Header,
+    vote: &Vote,
+    file: &SnapshotFile,
+) -> std::io::Result<ReceiverStream<peer::InstallSnapshotRequest>> {
+    let mut source = std::fs::File::open(file.path())?;
+    let (chunks, stream) = tokio::sync::mpsc::channel(4);
+    let first = peer::InstallSnapshotRequest {
+        header: Some(header),
+        vote: Some(vote_out(vote)),
+        data: Bytes::new(),
+    };
+    tokio::task::spawn_blocking(move || {
+        if chunks.blocking_send(first).is_err() {
+            return;
+        }
+        loop {
+            let mut data = vec![0; SNAPSHOT_CHUNK_BYTES];
+            match source.read(&mut data) {
+                // A read that fails ends the stream early; the receiver's checksum notices.
+                Ok(0) | Err(_) => return,
+                Ok(length) => data.truncate(length),
+            }
+            let chunk =
+                peer::InstallSnapshotRequest { data: data.into(), ..Default::default() };
+            if chunks.blocking_send(chunk).is_err() {
+                return;
+            }
+        }
+    });
+    Ok(ReceiverStream::new(stream))
+}

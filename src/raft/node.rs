@@ -1,0 +1,405 @@
+//! A node: from an empty directory, through the formation of a cluster, to its end.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::TcpListenerStream;
+
+use super::barrier::BarrierError;
+use super::checkpointer::CheckpointPolicy;
+use super::formation::{self, Founding};
+use super::halt::Halt;
+use super::network::{Identity, PEER_MESSAGE_BYTES_MAX};
+use super::peer::PeerServer;
+use super::proposals::ProposeError;
+use super::recovery::RecoveryError;
+use super::replica::{RaftTimeouts, Replica, ReplicaParts};
+use super::types::Member;
+use crate::clock::Clock;
+use crate::proto::peer;
+use crate::proto::peer::peer_service_server::PeerServiceServer;
+use crate::state::{Command, Reply, Stamp, State, encode_command};
+use crate::storage::directory::{DataDirectory, DirectoryError};
+
+/// Everything that a node needs; nothing is global.
+pub struct NodeOptions {
+    /// Its number in the cluster, from 1.
+    pub node_id: u64,
+    /// Where it keeps everything.
+    pub data_directory: PathBuf,
+    /// Where other nodes reach it: host:port.
+    pub peer_address: String,
+    /// Where clients reach it: host:port.
+    pub client_address: String,
+    /// The nodes that form a cluster by themselves, by their peer addresses; empty to wait for
+    /// `cluster init`.
+    pub initial_cluster: BTreeMap<u64, String>,
+    /// Raft's pace.
+    pub timeouts: RaftTimeouts,
+    /// When checkpoints are due.
+    pub checkpoints: CheckpointPolicy,
+    /// Time.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// Why a node did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The data directory cannot be used; the message names the remedy.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    /// What is on disk cannot be used; the message names file and remedy.
+    #[error(transparent)]
+    Recovery(#[from] RecoveryError),
+    /// Randomness or a socket failed.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+/// Why a write was not answered by the state machine.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WriteError {
+    /// The node belongs to no cluster yet. Nothing was changed.
+    #[error("this node belongs to no cluster yet")]
+    NotInitialized,
+    /// Too much is under way. Nothing was changed.
+    #[error("the node has as many commands under way as it can hold")]
+    Overloaded,
+    /// Nobody leads. Nothing was changed.
+    #[error("no leader was found in time; nothing was changed")]
+    NoLeader,
+    /// No majority answered in time.
+    #[error("no majority answered in time; whether the command was applied is not known")]
+    OutcomeUnknown,
+    /// The node has stopped itself, for this reason.
+    #[error("this node has halted: {0}")]
+    Halted(String),
+}
+
+/// Why a read was not answered.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// The node belongs to no cluster yet.
+    #[error("this node belongs to no cluster yet")]
+    NotInitialized,
+    /// Too much is under way.
+    #[error("the node has as many reads waiting as it can hold")]
+    Overloaded,
+    /// No majority confirmed a leader, or the node has not applied enough.
+    #[error("no majority confirmed a leader in time")]
+    NoLeader,
+    /// The node has stopped itself, for this reason.
+    #[error("this node has halted: {0}")]
+    Halted(String),
+}
+
+/// One node.
+pub struct Node {
+    pub(super) options: NodeOptions,
+    pub(super) incarnation: u64,
+    pub(super) halt: Halt,
+    directory: DataDirectory,
+    founding: Mutex<Option<Founding>>,
+    replica: OnceLock<Arc<Replica>>,
+    starting: tokio::sync::Mutex<()>,
+    tasks: Mutex<JoinSet<()>>,
+}
+
+impl Node {
+    /// Opens the data directory, serves peers on `peer_listener` and takes part in the cluster, or
+    /// in its formation. Returns before there is a leader.
+    ///
+    /// # Errors
+    ///
+    /// If the directory is foreign, in use, not writable or corrupt.
+    pub async fn start(
+        options: NodeOptions,
+        peer_listener: TcpListener,
+    ) -> Result<Arc<Self>, NodeError> {
+        let directory = DataDirectory::open(&options.data_directory, options.node_id, random_u64()?)?;
+        let identity = directory.identity();
+        let founding = match identity.cluster {
+            None => None,
+            Some(ref cluster) => Some(Founding::decode(cluster.id, &cluster.founders)?),
+        };
+        let node = Arc::new(Self {
+            incarnation: identity.incarnation,
+            halt: Halt::new(),
+            directory,
+            founding: Mutex::new(founding.clone()),
+            replica: OnceLock::new(),
+            starting: tokio::sync::Mutex::new(()),
+            tasks: Mutex::new(JoinSet::new()),
+            options,
+        });
+        if founding.is_some() {
+            node.become_member().await?;
+        }
+        node.serve_peers(peer_listener);
+        if !node.options.initial_cluster.is_empty() {
+            node.spawn(formation::run(node.clone()));
+        }
+        Ok(node)
+    }
+
+    fn serve_peers(self: &Arc<Self>, listener: TcpListener) {
+        let service = PeerServiceServer::new(PeerServer { node: self.clone() })
+            .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX);
+        let server = tonic::transport::Server::builder()
+            .tcp_nodelay(true)
+            .initial_stream_window_size(4 << 20)
+            .initial_connection_window_size(16 << 20)
+            .max_concurrent_streams(4096)
+            .http2_keepalive_interval(Some(Duration::from_secs(10)))
+            .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+            .add_service(service)
+            .serve_with_incoming(TcpListenerStream::new(listener));
+        let halt = self.halt.clone();
+        self.spawn(async move {
+            if let Err(error) = server.await {
+                halt.because(&format!("the peer listener failed: {error}"));
+            }
+        });
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).spawn(task);
+    }
+
+    pub(super) fn replica(&self) -> Option<Arc<Replica>> {
+        self.replica.get().cloned()
+    }
+
+    pub(super) fn founding(&self) -> Option<Founding> {
+        self.founding.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Makes this node a member of the cluster that is being founded, durably. Idempotent; refuses
+    /// another cluster.
+    pub(super) fn accept(&self, founding: &Founding) -> Result<(), String> {
+        let mut current = self.founding.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(current) = &*current {
+            if current.cluster_id == founding.cluster_id {
+                return Ok(());
+            }
+            return Err(format!(
+                "node {} already belongs to cluster {:032x}",
+                self.options.node_id, current.cluster_id
+            ));
+        }
+        self.directory
+            .save_membership(founding.cluster_id, founding.encode())
+            .map_err(|error| error.to_string())?;
+        tracing::info!(cluster_id = %format_args!("{:032x}", founding.cluster_id), "joined");
+        *current = Some(founding.clone());
+        Ok(())
+    }
+
+    /// Starts the replica, once the node belongs to a cluster.
+    pub(super) async fn become_member(&self) -> Result<Arc<Replica>, RecoveryError> {
+        let _starting = self.starting.lock().await;
+        if let Some(replica) = self.replica.get() {
+            return Ok(replica.clone());
+        }
+        let founding = self
+            .founding()
+            .ok_or_else(|| RecoveryError::new("this node belongs to no cluster yet"))?;
+        let replica = Replica::start(ReplicaParts {
+            identity: Identity {
+                cluster_id: founding.cluster_id,
+                node_id: self.options.node_id,
+                incarnation: self.incarnation,
+            },
+            founders: founding.members,
+            directory: &self.directory,
+            clock: self.options.clock.clone(),
+            timeouts: self.options.timeouts,
+            checkpoints: self.options.checkpoints.clone(),
+            halt: self.halt.clone(),
+        })
+        .await?;
+        Ok(self.replica.get_or_init(|| replica).clone())
+    }
+
+    pub(super) fn identify(&self) -> peer::IdentifyResponse {
+        let founding = self.founding();
+        let cluster_id = founding.as_ref().map_or(0, |founding| founding.cluster_id);
+        let replica = self.replica();
+        let members = match &replica {
+            Some(replica) => replica.members(),
+            None => founding.map(|founding| founding.members).unwrap_or_default(),
+        };
+        peer::IdentifyResponse {
+            node_id: self.options.node_id,
+            incarnation: self.incarnation,
+            client_address: self.options.client_address.clone(),
+            peer_address: self.options.peer_address.clone(),
+            cluster_id_high: (cluster_id >> 64) as u64,
+            cluster_id_low: cluster_id as u64,
+            initialized: replica.is_some_and(|replica| !replica.is_pristine()),
+            members: members.into_iter().map(formation::member_out).collect(),
+        }
+    }
+
+    /// Answers a founder: becomes a member of its cluster.
+    pub(super) fn adopt(self: &Arc<Self>, request: peer::AdoptRequest) -> Result<(), String> {
+        if (request.to_node, request.to_incarnation) != (self.options.node_id, self.incarnation) {
+            return Err(format!(
+                "this is node {} in its life {:016x}",
+                self.options.node_id, self.incarnation
+            ));
+        }
+        let founding = Founding {
+            cluster_id: u128::from(request.cluster_id_high) << 64
+                | u128::from(request.cluster_id_low),
+            members: request.members.into_iter().map(formation::member_in).collect(),
+        };
+        if !founding.members.contains_key(&self.options.node_id) {
+            return Err(format!("node {} is not among the members", self.options.node_id));
+        }
+        self.accept(&founding)?;
+        let node = self.clone();
+        self.spawn(async move {
+            if let Err(error) = node.become_member().await {
+                node.halt.because(&error.to_string());
+            }
+        });
+        Ok(())
+    }
+
+    /// Forms a cluster of the listed nodes, of which this is one.
+    ///
+    /// # Errors
+    ///
+    /// One line that says which node stands in the way, and why.
+    pub async fn initialize(
+        self: &Arc<Self>,
+        listed: &BTreeMap<u64, String>,
+    ) -> Result<u128, String> {
+        formation::found(self, listed).await
+    }
+
+    /// Proposes a command. `done` is called once, by the deadline (see [`Node::monotonic`]).
+    pub fn write(
+        &self,
+        command: &Command,
+        resend: bool,
+        deadline: Duration,
+        done: impl FnOnce(Result<Reply, WriteError>) + Send + 'static,
+    ) {
+        let Some(replica) = self.replica.get() else {
+            done(Err(self.halt.reason().map_or(WriteError::NotInitialized, WriteError::Halted)));
+            return;
+        };
+        let urgent = matches!(command, Command::DeleteSession { .. });
+        let halt = self.halt.clone();
+        let done = move |result: Result<Reply, ProposeError>| {
+            done(result.map_err(|error| match (halt.reason(), error) {
+                (Some(reason), _) => WriteError::Halted(reason),
+                (None, ProposeError::Overloaded) => WriteError::Overloaded,
+                (None, ProposeError::NoLeader) => WriteError::NoLeader,
+                (None, ProposeError::OutcomeUnknown) => WriteError::OutcomeUnknown,
+            }));
+        };
+        replica.proposals.propose(
+            encode_command(command),
+            resend,
+            deadline,
+            urgent,
+            Box::new(done),
+        );
+    }
+
+    /// Looks at the state once that is linearizable. `look` is called once, by the deadline.
+    pub fn read(
+        &self,
+        deadline: Duration,
+        look: impl FnOnce(Result<&State, ReadError>) + Send + 'static,
+    ) {
+        let Some(replica) = self.replica.get() else {
+            look(Err(self.halt.reason().map_or(ReadError::NotInitialized, ReadError::Halted)));
+            return;
+        };
+        let core = replica.core.clone();
+        let halt = self.halt.clone();
+        replica.barriers.wait(
+            deadline,
+            Box::new(move |passed| match (halt.reason(), passed) {
+                (Some(reason), _) => look(Err(ReadError::Halted(reason))),
+                (None, Ok(_)) => core.read(|state| look(Ok(state))),
+                (None, Err(BarrierError::Overloaded)) => look(Err(ReadError::Overloaded)),
+                (None, Err(_)) => look(Err(ReadError::NoLeader)),
+            }),
+        );
+    }
+
+    /// Looks at the state as this node has it, once it has applied `min_revision`.
+    pub fn read_local(
+        &self,
+        min_revision: u64,
+        deadline: Duration,
+        look: impl FnOnce(Result<&State, ReadError>) + Send + 'static,
+    ) {
+        let Some(replica) = self.replica.get() else {
+            look(Err(ReadError::NotInitialized));
+            return;
+        };
+        let core = replica.core.clone();
+        let mut applied = core.applied();
+        if applied.borrow().revision.0 >= min_revision {
+            core.read(|state| look(Ok(state)));
+            return;
+        }
+        let wait = deadline.saturating_sub(self.monotonic());
+        tokio::spawn(async move {
+            let reached = applied.wait_for(|applied| applied.revision.0 >= min_revision);
+            let reached = matches!(tokio::time::timeout(wait, reached).await, Ok(Ok(_)));
+            if reached {
+                core.read(|state| look(Ok(state)));
+            } else {
+                look(Err(ReadError::NoLeader));
+            }
+        });
+    }
+
+    /// The node's estimate of cluster time.
+    pub fn cluster_time(&self) -> Stamp {
+        self.replica.get().map(|replica| replica.clock.now()).unwrap_or_default()
+    }
+
+    /// Local monotonic time, in which deadlines are given.
+    pub fn monotonic(&self) -> Duration {
+        self.options.clock.monotonic()
+    }
+
+    /// Waits until the node halts, and returns why.
+    pub async fn halted(&self) -> String {
+        self.halt.halted().await
+    }
+
+    /// Drains and stops. Nothing acknowledged depends on it.
+    pub async fn stop(&self) {
+        let replica = self.replica.get().cloned();
+        if let Some(replica) = replica {
+            replica.stop().await;
+        }
+        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
+    }
+}
+
+fn random_u64() -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+/// A random cluster id.
+pub(super) fn random_cluster_id() -> io::Result<u128> {
+    Ok(u128::from(random_u64()?) << 64 | u128::from(random_u64()?))
+}

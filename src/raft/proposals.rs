@@ -1,0 +1,404 @@
+//! From commands to entries: the queue before Raft.
+//!
+//! Whatever has queued while the entries before were under way is packed into the next entry; no
+//! timer is involved. Entries are proposed in the order of arrival, several at a time. On a node
+//! that does not lead, packs go to the leader instead, which proposes each as one entry.
+//!
+//! Every command names its request, so one whose fate is unknown (the leader is gone, the stream
+//! broke) is sent again, marked as a resend, until its deadline: it happens once or says that it
+//! cannot tell. Whoever waits is answered by the deadline in any case.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::Notify;
+
+use super::clock::ClusterClock;
+use super::exchange::{Exchanges, Lost};
+use super::leadership::{Leadership, Route};
+use super::sweeper::Sweeper;
+use super::types::{Pack, Raft};
+use crate::limits::{
+    ENTRIES_IN_FLIGHT_MAX, ENTRY_BYTES_MAX, PROPOSAL_BYTES_PENDING_MAX, PROPOSALS_PENDING_MAX,
+};
+use crate::proto::peer;
+use crate::proto::peer::exchange_request::Request as Question;
+use crate::proto::peer::exchange_response::Response as Answer;
+use crate::state::{self, Proposal, Reply};
+
+/// A pack that a leader has not answered for so long is sent again, perhaps to another leader.
+const FORWARD_TIMEOUT: Duration = Duration::from_secs(2);
+/// Pause before a pack that was turned away is proposed again, if no new leader shows up sooner.
+const RETRY_PAUSE: Duration = Duration::from_millis(20);
+/// Room in an entry for its own fields and those of each proposal.
+const PROPOSAL_OVERHEAD_BYTES: usize = 16;
+
+/// Why a command was not answered by the state machine.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ProposeError {
+    #[error("the node has as many commands under way as it can hold")]
+    Overloaded,
+    #[error("no leader was found in time; nothing was changed")]
+    NoLeader,
+    #[error("no majority answered in time; whether the command was applied is not known")]
+    OutcomeUnknown,
+}
+
+pub(crate) type Done = Box<dyn FnOnce(Result<Reply, ProposeError>) + Send>;
+
+/// A command on its way, and who waits for it.
+struct Waiter {
+    proposal: Proposal,
+    /// Local monotonic time.
+    deadline: Duration,
+    done: Done,
+}
+
+struct UnderWay {
+    /// The earliest deadline of its waiters.
+    deadline: Duration,
+    /// When to stop waiting for another node's answer.
+    gives_up: Option<Duration>,
+    waiters: Vec<Option<Waiter>>,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: VecDeque<Waiter>,
+    under_way: HashMap<u64, UnderWay>,
+    last_pack: u64,
+    /// Of all that is waiting or under way.
+    count: usize,
+    bytes: usize,
+    /// Set while turned away: no proposals before this local monotonic time.
+    not_before: Duration,
+    slowed: bool,
+}
+
+pub(crate) struct Proposals {
+    queue: Mutex<Queue>,
+    arrived: Notify,
+    raft: Raft,
+    leadership: Arc<Leadership>,
+    exchanges: Arc<Exchanges>,
+    clock: Arc<ClusterClock>,
+    sweeper: Arc<Sweeper>,
+    /// Whether the log has outrun the checkpoints too far.
+    lagging: Box<dyn Fn() -> bool + Send + Sync>,
+}
+
+impl Proposals {
+    pub(crate) fn new(
+        raft: Raft,
+        leadership: Arc<Leadership>,
+        exchanges: Arc<Exchanges>,
+        clock: Arc<ClusterClock>,
+        sweeper: Arc<Sweeper>,
+        lagging: Box<dyn Fn() -> bool + Send + Sync>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            queue: Mutex::default(),
+            arrived: Notify::new(),
+            raft,
+            leadership,
+            exchanges,
+            clock,
+            sweeper,
+            lagging,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues an encoded command. `done` is called once, by the deadline (local monotonic time).
+    ///
+    /// `urgent` commands (deletes, expiry) are taken even when the node is overloaded: they make
+    /// room.
+    pub(crate) fn propose(
+        &self,
+        command: Bytes,
+        resend: bool,
+        deadline: Duration,
+        urgent: bool,
+        done: Done,
+    ) {
+        let bytes = command.len();
+        let mut queue = self.lock();
+        let full = queue.count >= PROPOSALS_PENDING_MAX
+            || queue.bytes + bytes > PROPOSAL_BYTES_PENDING_MAX;
+        if full && !(urgent && queue.count < 2 * PROPOSALS_PENDING_MAX) {
+            drop(queue);
+            done(Err(ProposeError::Overloaded));
+            return;
+        }
+        queue.count += 1;
+        queue.bytes += bytes;
+        queue.waiting.push_back(Waiter {
+            proposal: Proposal { command, resend },
+            deadline,
+            done,
+        });
+        let first = queue.waiting.len() == 1;
+        drop(queue);
+        if first {
+            self.arrived.notify_one();
+            self.sweeper.wake();
+        }
+    }
+
+    /// Packs and proposes for as long as the node lives.
+    pub(crate) async fn run(self: Arc<Self>) {
+        let mut changes = self.leadership.changes();
+        loop {
+            let route = self.leadership.route();
+            let (waiting, room, not_before) = {
+                let queue = self.lock();
+                let room = queue.under_way.len() < ENTRIES_IN_FLIGHT_MAX;
+                (!queue.waiting.is_empty(), room, queue.not_before)
+            };
+            let pause = not_before.saturating_sub(self.clock.monotonic());
+            if waiting && room && pause.is_zero() && route != Route::Unknown {
+                self.slow_down().await;
+                self.send_pack(route).await;
+                continue;
+            }
+            tokio::select! {
+                () = self.arrived.notified() => {}
+                changed = changes.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    self.lock().not_before = Duration::ZERO;
+                }
+                () = tokio::time::sleep(pause), if waiting && room && !pause.is_zero() => {}
+            }
+        }
+    }
+
+    /// Holds proposals back while the checkpoints are too far behind the log.
+    async fn slow_down(&self) {
+        if !(self.lagging)() {
+            let slowed = std::mem::take(&mut self.lock().slowed);
+            if slowed {
+                tracing::info!("checkpoints have caught up; proposals run at full speed");
+            }
+            return;
+        }
+        let slowed = std::mem::replace(&mut self.lock().slowed, true);
+        if !slowed {
+            tracing::warn!("checkpoints lag too far behind the log; proposals are slowed");
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+
+    async fn send_pack(self: &Arc<Self>, route: Route) {
+        let (id, proposals) = self.pack(matches!(route, Route::Remote(..)));
+        match route {
+            Route::Local => self.lead(id, &proposals).await,
+            Route::Remote(node, member) => self.forward(id, node, &member, &proposals),
+            Route::Unknown => {}
+        }
+    }
+
+    /// Moves what is waiting into a pack, up to the size of an entry.
+    fn pack(&self, remote: bool) -> (u64, Vec<Proposal>) {
+        let now = self.clock.monotonic();
+        let mut queue = self.lock();
+        let mut bytes = 0;
+        let mut waiters = Vec::with_capacity(queue.waiting.len().min(4096));
+        let mut proposals = Vec::with_capacity(waiters.capacity());
+        let mut deadline = Duration::MAX;
+        while let Some(next) = queue.waiting.front() {
+            bytes += next.proposal.command.len() + PROPOSAL_OVERHEAD_BYTES;
+            if bytes > ENTRY_BYTES_MAX && !waiters.is_empty() {
+                break;
+            }
+            deadline = deadline.min(next.deadline);
+            proposals.push(next.proposal.clone());
+            waiters.push(queue.waiting.pop_front());
+        }
+        queue.last_pack += 1;
+        let id = queue.last_pack;
+        let gives_up = remote.then(|| now + FORWARD_TIMEOUT);
+        queue.under_way.insert(id, UnderWay { deadline, gives_up, waiters });
+        (id, proposals)
+    }
+
+    async fn lead(self: &Arc<Self>, id: u64, proposals: &[Proposal]) {
+        let entry = state::encode_entry(self.leadership.stamp(), proposals);
+        let (responder, answered) = openraft::impls::ProgressResponder::complete_only();
+        if self.raft.client_write_ff(Pack(entry), Some(responder)).await.is_err() {
+            self.turned_away(id, false);
+            return;
+        }
+        let this = self.clone();
+        tokio::spawn(async move {
+            match answered.await {
+                Ok(Ok(response)) => this.answered(id, response.data.0),
+                Ok(Err(error)) => this.turned_away(id, is_unknown(&error)),
+                // Raft has stopped without a word.
+                Err(_) => this.turned_away(id, true),
+            }
+        });
+    }
+
+    fn forward(
+        self: &Arc<Self>,
+        id: u64,
+        node: u64,
+        member: &super::types::Member,
+        proposals: &[Proposal],
+    ) {
+        let commands = proposals
+            .iter()
+            .map(|Proposal { command, resend }| peer::ForwardedCommand {
+                command: command.clone(),
+                resend: *resend,
+            })
+            .collect();
+        let question = Question::Commands(peer::ExchangeCommands { commands });
+        let this = self.clone();
+        let answered = move |answer: Result<Answer, Lost>| match answer {
+            Ok(Answer::Replies(replies)) => {
+                let replies: Result<Vec<Reply>, _> =
+                    replies.replies.iter().map(|reply| state::decode_reply(reply)).collect();
+                match replies {
+                    Ok(replies) => this.answered(id, replies),
+                    Err(_) => this.turned_away(id, true),
+                }
+            }
+            Ok(Answer::NotLeader(_) | Answer::Overloaded(_)) => this.turned_away(id, false),
+            Ok(_) | Err(Lost) => this.turned_away(id, true),
+        };
+        self.exchanges.ask(node, member, question, Box::new(answered));
+    }
+
+    fn answered(&self, id: u64, replies: Vec<Reply>) {
+        let Some(under_way) = self.finish(id) else { return };
+        if replies.len() != under_way.waiters.len() {
+            self.requeue(under_way, true);
+            return;
+        }
+        for (waiter, reply) in under_way.waiters.into_iter().zip(replies) {
+            if let Some(waiter) = waiter {
+                (waiter.done)(Ok(reply));
+            }
+        }
+    }
+
+    fn turned_away(&self, id: u64, unknown: bool) {
+        if let Some(under_way) = self.finish(id) {
+            self.requeue(under_way, unknown);
+        }
+    }
+
+    /// Takes a pack off the table; its waiters still count until they are answered or requeued.
+    fn finish(&self, id: u64) -> Option<UnderWay> {
+        let mut queue = self.lock();
+        let under_way = queue.under_way.remove(&id)?;
+        for waiter in under_way.waiters.iter().flatten() {
+            queue.count -= 1;
+            queue.bytes -= waiter.proposal.command.len();
+        }
+        drop(queue);
+        self.arrived.notify_one();
+        Some(under_way)
+    }
+
+    fn requeue(&self, under_way: UnderWay, unknown: bool) {
+        let not_before = self.clock.monotonic() + RETRY_PAUSE;
+        let mut queue = self.lock();
+        queue.not_before = queue.not_before.max(not_before);
+        for mut waiter in under_way.waiters.into_iter().flatten().rev() {
+            waiter.proposal.resend |= unknown;
+            queue.count += 1;
+            queue.bytes += waiter.proposal.command.len();
+            queue.waiting.push_front(waiter);
+        }
+        drop(queue);
+        self.arrived.notify_one();
+        self.sweeper.wake();
+    }
+
+    /// Proposes commands that another node has forwarded, as one entry.
+    pub(crate) async fn lead_for(&self, proposals: Vec<Proposal>) -> Answer {
+        let bytes: usize = proposals
+            .iter()
+            .map(|proposal| proposal.command.len() + PROPOSAL_OVERHEAD_BYTES)
+            .sum();
+        if self.leadership.route() != Route::Local {
+            return Answer::NotLeader(peer::NotLeader {});
+        }
+        if bytes > 2 * ENTRY_BYTES_MAX || (self.lagging)() {
+            return Answer::Overloaded(peer::Overloaded {});
+        }
+        let entry = state::encode_entry(self.leadership.stamp(), &proposals);
+        let (responder, answered) = openraft::impls::ProgressResponder::complete_only();
+        if self.raft.client_write_ff(Pack(entry), Some(responder)).await.is_err() {
+            return Answer::NotLeader(peer::NotLeader {});
+        }
+        match answered.await {
+            Ok(Ok(response)) => Answer::Replies(peer::ExchangeReplies {
+                replies: response.data.0.iter().map(state::encode_reply).collect(),
+            }),
+            Ok(Err(error)) if !is_unknown(&error) => Answer::NotLeader(peer::NotLeader {}),
+            _ => Answer::OutcomeUnknown(peer::OutcomeUnknown {}),
+        }
+    }
+
+    /// Answers whoever has waited until the deadline, and gives up on nodes that do not answer.
+    /// Returns whether anything is pending.
+    pub(crate) fn expire(&self, now: Duration) -> bool {
+        let mut expired = Vec::new();
+        let mut given_up = Vec::new();
+        let mut queue = self.lock();
+        let mut kept = VecDeque::with_capacity(queue.waiting.len());
+        for waiter in std::mem::take(&mut queue.waiting) {
+            if waiter.deadline <= now { expired.push(waiter) } else { kept.push_back(waiter) }
+        }
+        queue.waiting = kept;
+        let waiting_expired = expired.len();
+        for (id, under_way) in &mut queue.under_way {
+            if under_way.gives_up.is_some_and(|at| at <= now) {
+                given_up.push(*id);
+            }
+            if under_way.deadline > now {
+                continue;
+            }
+            under_way.deadline = Duration::MAX;
+            for slot in &mut under_way.waiters {
+                match slot {
+                    Some(waiter) if waiter.deadline <= now => expired.extend(slot.take()),
+                    Some(waiter) => under_way.deadline = under_way.deadline.min(waiter.deadline),
+                    None => {}
+                }
+            }
+        }
+        for waiter in &expired {
+            queue.count -= 1;
+            queue.bytes -= waiter.proposal.command.len();
+        }
+        let pending = !queue.waiting.is_empty() || !queue.under_way.is_empty();
+        drop(queue);
+        for (position, waiter) in expired.into_iter().enumerate() {
+            let never_sent = position < waiting_expired && !waiter.proposal.resend;
+            (waiter.done)(Err(if never_sent {
+                ProposeError::NoLeader
+            } else {
+                ProposeError::OutcomeUnknown
+            }));
+        }
+        for id in given_up {
+            self.turned_away(id, true);
+        }
+        pending
+    }
+}
+
+fn is_unknown(error: &openraft::errors::ClientWriteError<super::types::TypeConfig>) -> bool {
+    !matches!(error, openraft::errors::ClientWriteError::ForwardToLeader(_))
+}

@@ -1,0 +1,111 @@
+//! What a node finds on its disk when it starts, and what it makes of it.
+//!
+//! The newer of checkpoint and snapshot is the state; the log behind it is applied again by
+//! openraft. A checkpoint store that will not open or does not match its checksums is moved aside,
+//! loudly, and the snapshot and the log take its place. A log that is corrupt is another matter:
+//! it holds what this node has acknowledged, so the node refuses to start.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::convert::{Boundary, boundary_decode};
+use super::machine::load_snapshot;
+use crate::state::{Restore, State};
+use crate::storage::checkpoint::{self, CheckpointError, CheckpointOptions, CheckpointStore};
+use crate::storage::directory::DataDirectory;
+use crate::storage::file::RealFiles;
+use crate::storage::snapshot::{self, SnapshotFile};
+use crate::storage::wal::{Recovered, Wal, WalOptions};
+
+/// Everything that was found.
+pub(crate) struct Recovery {
+    pub(crate) store: CheckpointStore,
+    /// Log index of the checkpoint, where there is one.
+    pub(crate) checkpoint_index: Option<u64>,
+    pub(crate) snapshot: Option<SnapshotFile>,
+    /// The newer of the two.
+    pub(crate) state: Option<(Boundary, State)>,
+    /// Set if the snapshot is the newer one: the checkpoint has to be replaced by it.
+    pub(crate) replace_with: Option<SnapshotFile>,
+    pub(crate) wal: Wal,
+    pub(crate) recovered: Recovered,
+}
+
+/// Why a node cannot start from its disk. The message names what to do.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct RecoveryError(String);
+
+impl RecoveryError {
+    pub(crate) fn new(error: impl std::fmt::Display) -> Self {
+        Self(error.to_string())
+    }
+}
+
+fn because(error: impl std::fmt::Display) -> RecoveryError {
+    RecoveryError::new(error)
+}
+
+/// Reads the data directory. Blocks for as long as that takes.
+pub(crate) fn recover(directory: &DataDirectory) -> Result<Recovery, RecoveryError> {
+    let (store, checkpoint) = open_checkpoint(&directory.sled_path())?;
+    let snapshot = snapshot::newest(&directory.snapshots_path()).map_err(because)?;
+    let checkpoint_index = checkpoint.as_ref().map(|(boundary, _)| boundary.log_id.index);
+    let newer = snapshot.as_ref().filter(|file| Some(file.index()) > checkpoint_index);
+    let (state, replace_with) = match newer {
+        None => (checkpoint, None),
+        Some(file) => match load_snapshot(file) {
+            Ok(state) => (Some(state), Some(file.clone())),
+            Err(error) if checkpoint.is_some() => {
+                tracing::error!(%error, "snapshot is not usable; the checkpoint and the log are");
+                (checkpoint, None)
+            }
+            Err(error) => {
+                return Err(because(format_args!(
+                    "{error}, and there is no checkpoint; restore this node from the others by \
+                     removing it and adding it again under a new id"
+                )));
+            }
+        },
+    };
+    let durable = state.as_ref().map_or(0, |(boundary, _)| boundary.log_id.index);
+    let options = WalOptions { must_contain: durable, ..WalOptions::default() };
+    let (wal, recovered) =
+        Wal::open(Arc::new(RealFiles), &directory.wal_path(), options).map_err(because)?;
+    if let Some(torn) = &recovered.repaired_tail {
+        tracing::warn!(?torn, "the log ended in a record that was being written; cut off");
+    }
+    let next = state.as_ref().map_or(0, |(boundary, _)| boundary.log_id.index + 1);
+    if recovered.first_index > next {
+        return Err(because(format_args!(
+            "the log begins at index {}, but the state on disk ends before {next}: checkpoint and \
+             snapshot are lost; remove this node and add it again under a new id",
+            recovered.first_index
+        )));
+    }
+    Ok(Recovery { store, checkpoint_index, snapshot, state, replace_with, wal, recovered })
+}
+
+type OpenedCheckpoint = (CheckpointStore, Option<(Boundary, State)>);
+
+fn open_checkpoint(path: &Path) -> Result<OpenedCheckpoint, RecoveryError> {
+    match try_open(path) {
+        Ok(opened) => Ok(opened),
+        Err(error) => {
+            tracing::error!(%error, "checkpoint store is not usable; moved aside and rebuilt");
+            checkpoint::set_aside(path).map_err(because)?;
+            try_open(path).map_err(because)
+        }
+    }
+}
+
+fn try_open(path: &Path) -> Result<OpenedCheckpoint, CheckpointError> {
+    let (store, root) = CheckpointStore::open(path, CheckpointOptions::default())
+        .map_err(CheckpointError::other)?;
+    let Some(root) = root else { return Ok((store, None)) };
+    let boundary = boundary_decode(&root.header).map_err(CheckpointError::other)?;
+    let mut restore = Restore::new(&boundary.state).map_err(CheckpointError::other)?;
+    store.load(&mut |key, value| restore.insert(key, value).map_err(CheckpointError::other))?;
+    let state = restore.finish().map_err(CheckpointError::other)?;
+    Ok((store, Some((boundary, state))))
+}

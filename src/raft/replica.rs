@@ -1,0 +1,325 @@
+//! One Raft group on one node: its log, its state, and everything that works for them.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use openraft::async_runtime::watch::WatchReceiver as _;
+use openraft::{Config, ServerState, SnapshotPolicy};
+use tokio::task::JoinSet;
+
+use super::barrier::{BarrierParts, Barriers};
+use super::checkpointer::{CheckpointPolicy, Checkpointer, CheckpointerParts};
+use super::clock::ClusterClock;
+use super::convert::record_in;
+use super::exchange::Exchanges;
+use super::halt::Halt;
+use super::leadership::Leadership;
+use super::log::{Durable, LogStore};
+use super::machine::{Core, StateMachine};
+use super::network::{Identity, NetworkFactory, Peers};
+use super::proposals::Proposals;
+use super::recovery::{Recovery, RecoveryError, recover};
+use super::sweeper::Sweeper;
+use super::types::{EntryPayload, Member, Raft};
+use super::ticker;
+use crate::clock::Clock;
+use crate::proto::peer;
+use crate::state::{self, Stamp};
+use crate::storage::directory::DataDirectory;
+use crate::storage::wal::Wal;
+
+/// Raft's pace.
+#[derive(Clone, Copy, Debug)]
+pub struct RaftTimeouts {
+    /// How often a leader makes itself heard; also the time that a vote or heartbeat may take.
+    pub heartbeat_interval: Duration,
+    /// Shortest time without a leader after which a node stands for election; the longest is half
+    /// as much again.
+    pub election_timeout: Duration,
+}
+
+impl Default for RaftTimeouts {
+    fn default() -> Self {
+        Self {
+            heartbeat_interval: Duration::from_millis(100),
+            election_timeout: Duration::from_millis(400),
+        }
+    }
+}
+
+pub(crate) struct Replica {
+    pub(crate) identity: Identity,
+    pub(crate) raft: Raft,
+    pub(crate) core: Arc<Core>,
+    pub(crate) clock: Arc<ClusterClock>,
+    pub(crate) leadership: Arc<Leadership>,
+    pub(crate) proposals: Arc<Proposals>,
+    pub(crate) barriers: Arc<Barriers>,
+    pub(crate) snapshots: PathBuf,
+    pub(crate) wal: Wal,
+    pub(crate) checkpointer: Checkpointer,
+    log: LogStore,
+    durable: Arc<Durable>,
+    /// The members at the time of formation, for as long as the log says nothing.
+    founders: BTreeMap<u64, Member>,
+    tasks: std::sync::Mutex<JoinSet<()>>,
+}
+
+/// What a replica is started with.
+pub(crate) struct ReplicaParts<'a> {
+    pub(crate) identity: Identity,
+    pub(crate) founders: BTreeMap<u64, Member>,
+    pub(crate) directory: &'a DataDirectory,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) timeouts: RaftTimeouts,
+    pub(crate) checkpoints: CheckpointPolicy,
+    pub(crate) halt: Halt,
+}
+
+fn raft_config(timeouts: RaftTimeouts) -> Result<Config, RecoveryError> {
+    let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let config = Config {
+        cluster_name: "quorate".to_owned(),
+        heartbeat_interval: milliseconds(timeouts.heartbeat_interval),
+        election_timeout_min: milliseconds(timeouts.election_timeout),
+        election_timeout_max: milliseconds(timeouts.election_timeout * 3 / 2),
+        // Streaming a large state takes its time; progress is the transport's to watch.
+        install_snapshot_timeout: 600_000,
+        max_payload_entries: 1024,
+        // What the log still has is always the cheaper way to catch up.
+        replication_lag_threshold: u64::MAX / 2,
+        snapshot_policy: SnapshotPolicy::Never,
+        max_in_snapshot_log_to_keep: 1000,
+        purge_batch_size: 256,
+        enable_pre_vote: Some(true),
+        // A restarted leader has lost what it applied and not checkpointed.
+        enable_leader_restore: Some(false),
+        ..Config::default()
+    };
+    config.validate().map_err(RecoveryError::new)
+}
+
+impl Replica {
+    /// Recovers from disk and takes part. Blocks while it reads the disk.
+    pub(crate) async fn start(parts: ReplicaParts<'_>) -> Result<Arc<Self>, RecoveryError> {
+        let config = Arc::new(raft_config(parts.timeouts)?);
+        let Recovery { store, checkpoint_index, snapshot, state, replace_with, wal, recovered } =
+            recover(parts.directory)?;
+        let log = LogStore::new(wal.clone(), &recovered).map_err(RecoveryError::new)?;
+        let durable = log.durable();
+        let highest = highest_stamp(&wal, &recovered, state.as_ref().map(|(_, s)| s.clock()))?;
+        let core = Core::new(state, replace_with);
+        let clock = Arc::new(ClusterClock::new(parts.clock.clone(), highest));
+        let snapshots = parts.directory.snapshots_path();
+        let (snapshot_due, mut snapshots_due) = tokio::sync::mpsc::channel::<()>(1);
+        let checkpoints = parts.checkpoints.clone();
+        let checkpointer = Checkpointer::start(CheckpointerParts {
+            store,
+            core: core.clone(),
+            durable: durable.clone(),
+            wal: wal.clone(),
+            snapshots: snapshots.clone(),
+            snapshot,
+            index: checkpoint_index,
+            policy: parts.checkpoints,
+            clock: parts.clock.clone(),
+            halt: parts.halt.clone(),
+            // One request waiting is as good as many.
+            snapshot_due: Box::new(move || drop(snapshot_due.try_send(()))),
+        })
+        .map_err(RecoveryError::new)?;
+        let peers = Peers::new(parts.identity, clock.clone());
+        let machine = StateMachine::new(core.clone(), clock.clone(), checkpointer.clone());
+        let raft = Raft::new(
+            parts.identity.node_id,
+            config,
+            NetworkFactory { peers: peers.clone() },
+            log.clone(),
+            machine,
+        )
+        .await
+        .map_err(RecoveryError::new)?;
+        let leadership = Leadership::new(raft.clone(), clock.clone());
+        let exchanges = Exchanges::new(peers.clone());
+        let sweeper = Arc::new(Sweeper::default());
+        let lagging = {
+            let (wal, checkpointer) = (wal.clone(), checkpointer.clone());
+            Box::new(move || {
+                let index = checkpointer.status().index.unwrap_or(0);
+                wal.bytes_after(index) > checkpoints.log_bytes_max
+            })
+        };
+        let proposals = Proposals::new(
+            raft.clone(),
+            leadership.clone(),
+            exchanges.clone(),
+            clock.clone(),
+            sweeper.clone(),
+            lagging,
+        );
+        let barriers = Barriers::new(BarrierParts {
+            own_id: parts.identity.node_id,
+            core: core.clone(),
+            log: log.clone(),
+            leadership: leadership.clone(),
+            exchanges,
+            clock: clock.clone(),
+            sweeper: sweeper.clone(),
+            flush_commits: peers.flush_commits.clone(),
+        });
+        let mut tasks = JoinSet::new();
+        tasks.spawn(leadership.clone().run());
+        tasks.spawn(proposals.clone().run());
+        tasks.spawn(barriers.clone().run());
+        tasks.spawn(ticker::run(
+            core.clone(),
+            clock.clone(),
+            leadership.clone(),
+            proposals.clone(),
+        ));
+        {
+            let (proposals, barriers, clock) = (proposals.clone(), barriers.clone(), clock.clone());
+            tasks.spawn(async move {
+                sweeper
+                    .run(|| {
+                        let now = clock.monotonic();
+                        proposals.expire(now) | barriers.expire(now)
+                    })
+                    .await;
+            });
+        }
+        {
+            let raft = raft.clone();
+            tasks.spawn(async move {
+                while snapshots_due.recv().await.is_some() {
+                    if let Err(error) = raft.trigger().snapshot().await {
+                        tracing::warn!(%error, "no snapshot");
+                    }
+                }
+            });
+        }
+        tasks.spawn(watch_for_fatal(raft.clone(), parts.halt));
+        Ok(Arc::new(Self {
+            identity: parts.identity,
+            raft,
+            core,
+            clock,
+            leadership,
+            proposals,
+            barriers,
+            snapshots,
+            wal,
+            checkpointer,
+            log,
+            durable,
+            founders: parts.founders,
+            tasks: std::sync::Mutex::new(tasks),
+        }))
+    }
+
+    /// Whether Raft has never written anything here.
+    pub(crate) fn is_pristine(&self) -> bool {
+        self.log.is_pristine()
+    }
+
+    /// The members, by the log or, before it says anything, by formation.
+    pub(crate) fn members(&self) -> BTreeMap<u64, Member> {
+        let metrics = self.raft.server_metrics();
+        let members: BTreeMap<u64, Member> = metrics
+            .borrow_watched()
+            .membership_config
+            .membership()
+            .nodes()
+            .map(|(node, member)| (*node, member.clone()))
+            .collect();
+        if members.is_empty() { self.founders.clone() } else { members }
+    }
+
+    /// Refuses messages from another cluster, to another life of this node, or from another life
+    /// of a member.
+    pub(crate) fn check_header(&self, header: &peer::Header) -> Result<(), String> {
+        let cluster_id =
+            u128::from(header.cluster_id_high) << 64 | u128::from(header.cluster_id_low);
+        let own = &self.identity;
+        if cluster_id != own.cluster_id {
+            return Err(format!(
+                "this node belongs to cluster {:032x}, not to {cluster_id:032x}",
+                own.cluster_id
+            ));
+        }
+        if (header.to_node, header.to_incarnation) != (own.node_id, own.incarnation) {
+            return Err(format!(
+                "this is node {} in its life {:016x}, not node {} in its life {:016x}",
+                own.node_id, own.incarnation, header.to_node, header.to_incarnation
+            ));
+        }
+        match self.members().get(&header.from_node) {
+            Some(member) if member.incarnation != header.from_incarnation => Err(format!(
+                "node {} is a member in its life {:016x}; {:016x} is not that one",
+                header.from_node, member.incarnation, header.from_incarnation
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    pub(crate) fn server_state(&self) -> ServerState {
+        self.raft.server_metrics().borrow_watched().state
+    }
+
+    /// Drains and stops: a last checkpoint, the log closed.
+    pub(crate) async fn stop(&self) {
+        if let Err(error) = self.raft.shutdown().await {
+            tracing::warn!(%error, "raft did not stop cleanly");
+        }
+        self.tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner).abort_all();
+        let (checkpointer, wal) = (self.checkpointer.clone(), self.wal.clone());
+        let durable = self.durable.clone();
+        let stopping = tokio::task::spawn_blocking(move || {
+            checkpointer.stop();
+            wal.close();
+            durable.fail();
+        });
+        if let Err(error) = stopping.await {
+            tracing::warn!(%error, "storage did not stop cleanly");
+        }
+    }
+}
+
+/// The highest stamp in the state and in the log behind it.
+fn highest_stamp(
+    wal: &Wal,
+    recovered: &crate::storage::wal::Recovered,
+    state: Option<Stamp>,
+) -> Result<Stamp, RecoveryError> {
+    let mut highest = state.unwrap_or_default();
+    let Some(last) = recovered.last_index else { return Ok(highest) };
+    // Stamps only grow along the log, so the last entry that has one has the highest.
+    for index in (recovered.first_index..=last).rev() {
+        let records = wal.read(index..index + 1, 0).map_err(RecoveryError::new)?;
+        let Some(record) = records.into_iter().next() else { break };
+        let entry = record_in(index, record).map_err(RecoveryError::new)?;
+        if let EntryPayload::Normal(pack) = entry.payload {
+            let entry = state::decode_entry(pack.0).map_err(RecoveryError::new)?;
+            highest = highest.max(entry.stamp);
+            break;
+        }
+    }
+    Ok(highest)
+}
+
+async fn watch_for_fatal(raft: Raft, halt: Halt) {
+    let mut metrics = raft.metrics();
+    loop {
+        let stopped = metrics.borrow_watched().running_state.clone().err();
+        match stopped {
+            Some(openraft::errors::Fatal::Stopped) => return,
+            Some(fatal) => return halt.because(&fatal.to_string()),
+            None => {}
+        }
+        if metrics.changed().await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! Makes time pass in the log: proposes a Tick when something is due.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::clock::ClusterClock;
+use super::leadership::{Leadership, Route};
+use super::machine::Core;
+use super::proposals::Proposals;
+use crate::state::{Command, encode_command};
+
+/// How often a leader looks for a deadline that has moved closer. No timeout is shorter than a
+/// second, so none that appears meanwhile can be missed by more.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+/// Deadline of a Tick as a proposal; the next look proposes another.
+const TICK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Runs for as long as the node lives; acts while it leads.
+pub(crate) async fn run(
+    core: Arc<Core>,
+    clock: Arc<ClusterClock>,
+    leadership: Arc<Leadership>,
+    proposals: Arc<Proposals>,
+) {
+    let mut changes = leadership.changes();
+    loop {
+        if leadership.route() != Route::Local {
+            if changes.changed().await.is_err() {
+                return;
+            }
+            continue;
+        }
+        let now = clock.now().time;
+        let (deadline, has_due) = core.read(|state| (state.next_deadline(), state.has_due()));
+        let wait = match deadline {
+            Some(deadline) if deadline <= now || has_due => Duration::ZERO,
+            Some(deadline) => deadline.since(now).min(LOOK_INTERVAL),
+            None => LOOK_INTERVAL,
+        };
+        if wait.is_zero() {
+            tick(&clock, &proposals).await;
+        } else {
+            tokio::time::sleep(wait).await;
+        }
+    }
+}
+
+/// Proposes one Tick and waits until it is applied, so that sweeps and writes take turns.
+async fn tick(clock: &ClusterClock, proposals: &Proposals) {
+    let answered = Arc::new(Notify::new());
+    let waiting = answered.clone();
+    proposals.propose(
+        encode_command(&Command::Tick),
+        false,
+        clock.monotonic() + TICK_TIMEOUT,
+        true,
+        Box::new(move |_| waiting.notify_one()),
+    );
+    answered.notified().await;
+}

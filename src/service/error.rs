@@ -1,0 +1,217 @@
+//! What went wrong, in words that clients can rely on.
+
+use std::fmt;
+use std::time::Duration;
+
+use crate::raft::{ReadError, WriteError};
+use crate::state::Rejection;
+
+/// The class of an error; becomes the gRPC code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The request can never be served as it is.
+    InvalidArgument,
+    /// There is no such thing.
+    NotFound,
+    /// There is one already.
+    AlreadyExists,
+    /// The state does not allow it.
+    FailedPrecondition,
+    /// It cannot be told whether it was done.
+    Aborted,
+    /// A limit was reached.
+    ResourceExhausted,
+    /// Time ran out.
+    DeadlineExceeded,
+    /// Not now; nothing was done.
+    Unavailable,
+    /// A defect.
+    Internal,
+}
+
+/// An error with a stable reason, and a message for a person.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    /// Its class.
+    pub kind: ErrorKind,
+    /// Stable, in capitals, such as `SESSION_NOT_FOUND`.
+    pub reason: &'static str,
+    /// One sentence: what is wrong and what helps. Never holds a session id.
+    pub message: String,
+    /// Facts for programs, such as the field, the limit, the version found.
+    pub metadata: Vec<(&'static str, String)>,
+    /// When trying again may help.
+    pub retry_after: Option<Duration>,
+}
+
+impl Error {
+    /// An error without metadata.
+    pub fn new(kind: ErrorKind, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { kind, reason, message: message.into(), metadata: Vec::new(), retry_after: None }
+    }
+
+    /// A field that cannot be accepted.
+    pub fn invalid(field: &'static str, reason: &'static str, message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::InvalidArgument, reason, message).with("field", field)
+    }
+
+    /// A field that is beyond a limit.
+    pub fn over_limit(field: &'static str, unit: &str, found: u64, limit: u64) -> Self {
+        let message = format!("{field} has {found} {unit}; the limit is {limit}");
+        Self::new(ErrorKind::InvalidArgument, "LIMIT_EXCEEDED", message)
+            .with("field", field)
+            .with("limit", limit)
+    }
+
+    fn with(mut self, key: &'static str, value: impl fmt::Display) -> Self {
+        self.metadata.push((key, value.to_string()));
+        self
+    }
+
+    fn retry_after(mut self, after: Duration) -> Self {
+        self.retry_after = Some(after);
+        self
+    }
+
+    /// There is no such session.
+    pub fn session_not_found() -> Self {
+        Self::new(
+            ErrorKind::NotFound,
+            "SESSION_NOT_FOUND",
+            "session not found: it was never created, has expired, or was deleted",
+        )
+    }
+
+    fn not_initialized() -> Self {
+        Self::new(
+            ErrorKind::Unavailable,
+            "NOT_INITIALIZED",
+            "this node belongs to no cluster yet; start all nodes of --initial-cluster, or run \
+             `quorate cluster init`",
+        )
+        .retry_after(Duration::from_millis(500))
+    }
+
+    fn overloaded() -> Self {
+        Self::new(
+            ErrorKind::ResourceExhausted,
+            "OVERLOADED",
+            "this node has as many requests under way as it can hold; try again shortly",
+        )
+        .retry_after(Duration::from_millis(100))
+    }
+
+    fn no_leader(nothing_changed: &str) -> Self {
+        Self::new(
+            ErrorKind::Unavailable,
+            "NO_LEADER",
+            format!("no majority of the nodes was reachable in time{nothing_changed}"),
+        )
+        .retry_after(Duration::from_millis(250))
+    }
+
+    fn halted(reason: &str) -> Self {
+        Self::new(ErrorKind::Unavailable, "HALTED", format!("this node has halted: {reason}"))
+    }
+
+    /// What the state machine refused.
+    pub fn rejected(rejection: Rejection) -> Self {
+        use crate::limits;
+        match rejection {
+            Rejection::SessionNotFound => Self::session_not_found(),
+            Rejection::SessionExists => Self::new(
+                ErrorKind::AlreadyExists,
+                "SESSION_EXISTS",
+                "a session with this id exists already",
+            ),
+            Rejection::SessionIdRetired => Self::new(
+                ErrorKind::AlreadyExists,
+                "SESSION_ID_RETIRED",
+                "a session with this id ended less than a minute ago; create it under a new id",
+            ),
+            Rejection::VersionMismatch(found) => Self::new(
+                ErrorKind::FailedPrecondition,
+                "VERSION_MISMATCH",
+                format!("the session is at version {found}; read it again and repeat the change"),
+            )
+            .with("current_version", found),
+            Rejection::RequestExpired => Self::new(
+                ErrorKind::DeadlineExceeded,
+                "REQUEST_EXPIRED",
+                "the request came after its expire_time; this sending changed nothing",
+            ),
+            Rejection::RequestLifetimeTooLong => Self::invalid(
+                "context.expire_time",
+                "REQUEST_LIFETIME_TOO_LONG",
+                "context.expire_time is more than 60 s of cluster time from now",
+            ),
+            Rejection::OutcomeUnknown => Self::new(
+                ErrorKind::Aborted,
+                "OUTCOME_UNKNOWN",
+                "this request was sent before, and whether it was applied then is no longer \
+                 known; read the session to find out",
+            ),
+            Rejection::SessionTooLarge(bytes) => Self::new(
+                ErrorKind::FailedPrecondition,
+                "LIMIT_EXCEEDED",
+                format!(
+                    "the session would have {bytes} bytes of attributes; the limit is {}",
+                    limits::SESSION_BYTES_MAX
+                ),
+            )
+            .with("field", "attributes")
+            .with("limit", limits::SESSION_BYTES_MAX),
+            Rejection::TooManyAttributes(count) => Self::new(
+                ErrorKind::FailedPrecondition,
+                "LIMIT_EXCEEDED",
+                format!(
+                    "the session would have {count} attributes; the limit is {}",
+                    limits::SESSION_ATTRIBUTES_MAX
+                ),
+            )
+            .with("field", "attributes")
+            .with("limit", limits::SESSION_ATTRIBUTES_MAX),
+            Rejection::MalformedCommand => Self::new(
+                ErrorKind::Internal,
+                "MALFORMED_COMMAND",
+                "the nodes could not decode the command; their versions may not fit together",
+            ),
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.message, self.reason)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<WriteError> for Error {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::NotInitialized => Self::not_initialized(),
+            WriteError::Overloaded => Self::overloaded(),
+            WriteError::NoLeader => Self::no_leader("; nothing was changed"),
+            WriteError::OutcomeUnknown => Self::new(
+                ErrorKind::DeadlineExceeded,
+                "OUTCOME_UNKNOWN",
+                "no majority of the nodes answered in time; whether the change was made is not \
+                 known",
+            ),
+            WriteError::Halted(reason) => Self::halted(&reason),
+        }
+    }
+}
+
+impl From<ReadError> for Error {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::NotInitialized => Self::not_initialized(),
+            ReadError::Overloaded => Self::overloaded(),
+            ReadError::NoLeader => Self::no_leader(""),
+            ReadError::Halted(reason) => Self::halted(&reason),
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! What comes with every request: who asks, until when, and what makes it happen once.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::caller::Caller;
+use super::error::Error;
+use crate::limits::{REQUEST_LIFETIME_MAX, REQUEST_TIMEOUT_DEFAULT};
+use crate::raft::Node;
+use crate::state::{Request, Timestamp, millis};
+
+/// Longest that a caller may wait. Leaves room, below the lifetime of a request, for the clocks of
+/// client and cluster to differ.
+const CALL_TIMEOUT_MAX: Duration = Duration::from_secs(50);
+
+/// A moment of the node's monotonic time by which a caller wants an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Deadline(pub Duration);
+
+/// One call.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// Who asks.
+    pub caller: Caller,
+    /// Until when.
+    pub deadline: Deadline,
+}
+
+impl Call {
+    /// A call that may take `timeout`, or the default.
+    pub fn within(node: &Node, caller: Caller, timeout: Option<Duration>) -> Self {
+        let timeout = timeout.unwrap_or(REQUEST_TIMEOUT_DEFAULT).min(CALL_TIMEOUT_MAX);
+        Self { caller, deadline: Deadline(node.monotonic() + timeout) }
+    }
+}
+
+/// What a caller said about its request's identity; all optional.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RequestContext {
+    /// 0 for none.
+    pub request_id: u64,
+    /// Whether it was sent before.
+    pub resend: bool,
+    /// Cluster time.
+    pub first_sent: Option<Timestamp>,
+    /// Cluster time.
+    pub expires: Option<Timestamp>,
+}
+
+/// Names requests whose callers did not: unique, not secret.
+#[derive(Debug)]
+pub(super) struct RequestIds(AtomicU64);
+
+impl RequestIds {
+    pub(super) fn new(seed: u64) -> Self {
+        Self(AtomicU64::new(seed))
+    }
+
+    /// The next of a sequence that visits every number once (SplitMix64), from a random start.
+    fn next(&self) -> u64 {
+        let mut id = self.0.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        id = (id ^ (id >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        id = (id ^ (id >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (id ^ (id >> 31)).max(1)
+    }
+
+    /// Fills in what the caller left open.
+    ///
+    /// # Errors
+    ///
+    /// If the context contradicts itself.
+    pub(super) fn complete(
+        &self,
+        node: &Node,
+        call: &Call,
+        context: &RequestContext,
+    ) -> Result<Request, Error> {
+        let named = context.request_id != 0;
+        if context.resend && !(named && context.first_sent.is_some()) {
+            return Err(Error::invalid(
+                "context.resend",
+                "INVALID_REQUEST_CONTEXT",
+                "a resend needs the request_id and first_sent_time of the first sending",
+            ));
+        }
+        let now = node.cluster_time().time;
+        let first_sent = context.first_sent.unwrap_or(now);
+        let remaining = call.deadline.0.saturating_sub(node.monotonic());
+        let expires = context.expires.unwrap_or_else(|| now.plus(remaining));
+        if expires.0 > first_sent.0.saturating_add(millis(REQUEST_LIFETIME_MAX)) {
+            return Err(Error::invalid(
+                "context.expire_time",
+                "INVALID_REQUEST_CONTEXT",
+                "context.expire_time is more than 60 s after context.first_sent_time",
+            ));
+        }
+        let id = if named { context.request_id } else { self.next() };
+        Ok(Request { id, first_sent, expires })
+    }
+}

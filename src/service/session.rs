@@ -1,0 +1,728 @@
+//! Sessions: the use cases.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use bytes::Bytes;
+use sha2::{Digest as _, Sha256};
+
+use super::error::{Error, ErrorKind};
+use super::request::{Call, RequestContext, RequestIds};
+use crate::limits::{
+    ATTRIBUTE_VALUE_BYTES_MAX, NAME_BYTES_MAX, NAMESPACE_BYTES_MAX, PAGE_SIZE_DEFAULT,
+    PAGE_SIZE_MAX, SESSION_ATTRIBUTES_MAX, SESSION_BYTES_MAX, SESSION_ID_CHARS_MAX,
+    SESSION_ID_CHARS_MIN, TIMEOUT_MAX, TIMEOUT_MIN,
+};
+use crate::raft::{Node, ReadError, WriteError};
+use crate::state::{
+    Attribute, Command, Digest, Namespace, Outcome, Query, QueryReply, Reply, Request, Revision,
+    Session, SessionKey, State, Timeout, Timestamp, TouchNeed,
+};
+
+/// How fresh a read has to be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Consistency {
+    /// Reflects everything acknowledged before it began.
+    #[default]
+    Linearizable,
+    /// What this node has applied, at least up to a revision.
+    Local {
+        /// Wait for this one; 0 for none.
+        min_revision: u64,
+    },
+}
+
+/// Names a session from outside.
+#[derive(Clone, PartialEq, Eq)]
+pub enum SessionSelector {
+    /// By the secret.
+    Id(String),
+    /// By its digest, in hex.
+    Handle(String),
+}
+
+/// A session to be created.
+#[derive(Clone, Default)]
+pub struct NewSession {
+    /// Identity of the request.
+    pub context: RequestContext,
+    /// Empty for `default`.
+    pub namespace: String,
+    /// Empty to have one minted.
+    pub id: String,
+    /// Empty for none.
+    pub principal: String,
+    /// Names and values.
+    pub attributes: BTreeMap<String, Bytes>,
+    /// `None` for the namespace's default.
+    pub idle_timeout: Option<Timeout>,
+    /// `None` for the namespace's default.
+    pub absolute_timeout: Option<Timeout>,
+}
+
+/// A session was created.
+#[derive(Clone)]
+pub struct Created {
+    /// Of the change; also the version.
+    pub revision: Revision,
+    /// The id, if it was minted here.
+    pub minted_id: Option<String>,
+    /// Safe to show.
+    pub handle: Digest,
+    /// `None` for never.
+    pub expires: Option<Timestamp>,
+}
+
+/// A session to be read.
+#[derive(Clone)]
+pub struct GetSession {
+    /// Empty for `default`.
+    pub namespace: String,
+    /// Which.
+    pub session: SessionSelector,
+    /// How fresh.
+    pub consistency: Consistency,
+    /// Whether reading it counts as an access.
+    pub touch: bool,
+}
+
+/// A session as it was found, shared with the state.
+#[derive(Clone)]
+pub struct Found {
+    /// Of the state that was read.
+    pub revision: Revision,
+    /// Where it is.
+    pub namespace: Namespace,
+    /// Which.
+    pub handle: Digest,
+    /// What.
+    pub session: Arc<Session>,
+}
+
+/// Sessions to be read at one revision.
+#[derive(Clone)]
+pub struct BatchGet {
+    /// Empty for `default`.
+    pub namespace: String,
+    /// Which.
+    pub sessions: Vec<SessionSelector>,
+    /// How fresh.
+    pub consistency: Consistency,
+}
+
+/// A change to a session.
+#[derive(Clone)]
+pub struct SessionUpdate {
+    /// Identity of the request.
+    pub context: RequestContext,
+    /// Empty for `default`.
+    pub namespace: String,
+    /// Which.
+    pub session: SessionSelector,
+    /// Attributes to set.
+    pub set: BTreeMap<String, Bytes>,
+    /// Attributes to remove.
+    pub remove: Vec<String>,
+    /// Compare and set.
+    pub expected_version: Option<u64>,
+    /// `Some("")` for none, `None` for unchanged.
+    pub principal: Option<String>,
+    /// `None` for unchanged.
+    pub idle_timeout: Option<Timeout>,
+}
+
+/// A session was changed.
+#[derive(Clone, Copy, Debug)]
+pub struct Updated {
+    /// Of the change; also the version.
+    pub revision: Revision,
+    /// `None` for never.
+    pub expires: Option<Timestamp>,
+}
+
+/// A session was touched.
+#[derive(Clone, Copy, Debug)]
+pub struct Touched {
+    /// Of the state in which it was alive.
+    pub revision: Revision,
+    /// Its version.
+    pub version: Revision,
+    /// `None` for never.
+    pub expires: Option<Timestamp>,
+}
+
+/// A session was deleted.
+#[derive(Clone, Copy, Debug)]
+pub struct Deleted {
+    /// Of the change.
+    pub revision: Revision,
+}
+
+/// A page of sessions.
+#[derive(Clone)]
+pub struct ListSessions {
+    /// Empty for `default`.
+    pub namespace: String,
+    /// Empty for all.
+    pub principal: String,
+    /// 0 for the default.
+    pub page_size: u32,
+    /// Empty for the first page.
+    pub page_token: String,
+    /// How fresh.
+    pub consistency: Consistency,
+}
+
+/// Several sessions.
+#[derive(Clone)]
+pub struct Listed {
+    /// Of the state that was read.
+    pub revision: Revision,
+    /// Where they are.
+    pub namespace: Namespace,
+    /// In the order of the request, or of their handles.
+    pub sessions: Vec<(Digest, Arc<Session>)>,
+    /// Whether there are more behind the last.
+    pub more: bool,
+}
+
+/// The digest under which a session id is known below this layer.
+pub fn session_digest(namespace: &str, id: &str) -> Digest {
+    let mut hash = Sha256::new();
+    hash.update(b"quorate.session.v1\0");
+    hash.update(namespace.as_bytes());
+    hash.update(b"\0");
+    hash.update(id.as_bytes());
+    let full = hash.finalize();
+    let mut digest = [0; 16];
+    digest.copy_from_slice(&full[..16]);
+    Digest(digest)
+}
+
+/// The session use cases of one node.
+pub struct Sessions {
+    node: Arc<Node>,
+    request_ids: RequestIds,
+}
+
+impl Sessions {
+    /// For one node; `seed` is random.
+    pub fn new(node: Arc<Node>, seed: u64) -> Self {
+        Self { node, request_ids: RequestIds::new(seed) }
+    }
+
+    /// The node.
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// Creates a session.
+    pub fn create(
+        &self,
+        call: &Call,
+        new: NewSession,
+        done: impl FnOnce(Result<Created, Error>) + Send + 'static,
+    ) {
+        let resend = new.context.resend;
+        let (command, digest, minted_id) = match self.create_command(call, new) {
+            Ok(built) => built,
+            Err(error) => return done(Err(error)),
+        };
+        self.node.write(&command, resend, call.deadline.0, move |result| {
+            done(written(result).map(|written| Created {
+                revision: written.revision,
+                minted_id,
+                handle: digest,
+                expires: written.deadline,
+            }));
+        });
+    }
+
+    fn create_command(
+        &self,
+        call: &Call,
+        new: NewSession,
+    ) -> Result<(Command, Digest, Option<String>), Error> {
+        let request = self.request_ids.complete(&self.node, call, &new.context)?;
+        let namespace = valid_namespace(new.namespace)?;
+        let minted_id = if new.id.is_empty() {
+            if new.context.resend {
+                return Err(Error::invalid(
+                    "id",
+                    "INVALID_SESSION_ID",
+                    "a create that names no id must not be resent; mint the id in the client",
+                ));
+            }
+            Some(mint_id()?)
+        } else {
+            valid_id(&new.id)?;
+            None
+        };
+        let digest = session_digest(&namespace.0, minted_id.as_deref().unwrap_or(&new.id));
+        let command = Command::CreateSession {
+            request,
+            key: SessionKey { namespace, digest },
+            principal: valid_principal(new.principal)?,
+            attributes: valid_attributes("attributes", new.attributes)?,
+            idle_timeout: valid_timeout("idle_timeout", new.idle_timeout)?,
+            absolute_timeout: valid_timeout("absolute_timeout", new.absolute_timeout)?,
+        };
+        Ok((command, digest, minted_id))
+    }
+
+    /// Reads a session.
+    pub fn get(
+        &self,
+        call: &Call,
+        get: GetSession,
+        done: impl FnOnce(Result<Found, Error>) + Send + 'static,
+    ) {
+        let key = match session_key(get.namespace, &get.session) {
+            Ok(key) => key,
+            Err(error) => return done(Err(error)),
+        };
+        if get.touch {
+            return self.get_and_touch(call, key, get.consistency, done);
+        }
+        let query = Query::GetSession(key.clone());
+        self.read(call, get.consistency, move |state| {
+            let state = match state {
+                Ok(state) => state,
+                Err(error) => return done(Err(error.into())),
+            };
+            done(found(state.query(&query), key));
+        });
+    }
+
+    fn get_and_touch(
+        &self,
+        call: &Call,
+        key: SessionKey,
+        consistency: Consistency,
+        done: impl FnOnce(Result<Found, Error>) + Send + 'static,
+    ) {
+        let node = self.node.clone();
+        let call = *call;
+        let request = match self.request_ids.complete(&self.node, &call, &RequestContext::default())
+        {
+            Ok(request) => request,
+            Err(error) => return done(Err(error)),
+        };
+        let query = Query::GetSession(key.clone());
+        let now = self.node.cluster_time().time;
+        self.read(&call, consistency, move |state| {
+            let state = match state {
+                Ok(state) => state,
+                Err(error) => return done(Err(error.into())),
+            };
+            let (need, reply) = (state.touch_need(&key, now), state.query(&query));
+            let touch = Command::TouchSession { request, key: key.clone() };
+            match need {
+                TouchNeed::Wait { .. } => {
+                    node.write(&touch, false, call.deadline.0, move |result| {
+                        done(written(result).and_then(|_| found(reply, key)));
+                    });
+                }
+                TouchNeed::Propose { .. } => {
+                    node.write(&touch, false, call.deadline.0, |_| {});
+                    done(found(reply, key));
+                }
+                TouchNeed::None { .. } | TouchNeed::NotFound => done(found(reply, key)),
+            }
+        });
+    }
+
+    /// Reads several sessions at one revision; those that do not exist are left out.
+    pub fn batch_get(
+        &self,
+        call: &Call,
+        get: BatchGet,
+        done: impl FnOnce(Result<Listed, Error>) + Send + 'static,
+    ) {
+        let keys = match batch_keys(get.namespace, &get.sessions) {
+            Ok(keys) => keys,
+            Err(error) => return done(Err(error)),
+        };
+        let (namespace, keys) = keys;
+        self.read(call, get.consistency, move |state| {
+            let state = match state {
+                Ok(state) => state,
+                Err(error) => return done(Err(error.into())),
+            };
+            let sessions = keys
+                .into_iter()
+                .flat_map(|key| state.query(&Query::GetSession(key)).sessions)
+                .collect();
+            done(Ok(Listed { revision: state.revision(), namespace, sessions, more: false }));
+        });
+    }
+
+    /// Changes a session.
+    pub fn update(
+        &self,
+        call: &Call,
+        update: SessionUpdate,
+        done: impl FnOnce(Result<Updated, Error>) + Send + 'static,
+    ) {
+        let resend = update.context.resend;
+        let command = match self.update_command(call, update) {
+            Ok(command) => command,
+            Err(error) => return done(Err(error)),
+        };
+        self.node.write(&command, resend, call.deadline.0, move |result| {
+            done(written(result).map(|written| Updated {
+                revision: written.revision,
+                expires: written.deadline,
+            }));
+        });
+    }
+
+    fn update_command(&self, call: &Call, update: SessionUpdate) -> Result<Command, Error> {
+        let request = self.request_ids.complete(&self.node, call, &update.context)?;
+        let key = session_key(update.namespace, &update.session)?;
+        let mut remove = update.remove;
+        remove.sort_unstable();
+        remove.dedup();
+        if remove.len() > SESSION_ATTRIBUTES_MAX {
+            return Err(Error::over_limit(
+                "remove_attributes",
+                "names",
+                remove.len() as u64,
+                SESSION_ATTRIBUTES_MAX as u64,
+            ));
+        }
+        for name in &remove {
+            valid_name("remove_attributes", name)?;
+            if update.set.contains_key(name) {
+                return Err(Error::invalid(
+                    "remove_attributes",
+                    "INVALID_ATTRIBUTE",
+                    format!("attribute {name:?} is both set and removed"),
+                ));
+            }
+        }
+        Ok(Command::UpdateSession {
+            request,
+            key,
+            set: valid_attributes("set_attributes", update.set)?,
+            remove,
+            expected_version: update.expected_version.map(Revision),
+            principal: update.principal.map(valid_principal).transpose()?,
+            idle_timeout: valid_timeout("idle_timeout", update.idle_timeout)?,
+        })
+    }
+
+    /// Slides a session's deadline; costs a log entry only when the stored one has become old.
+    pub fn touch(
+        &self,
+        call: &Call,
+        context: &RequestContext,
+        namespace: String,
+        session: &SessionSelector,
+        done: impl FnOnce(Result<Touched, Error>) + Send + 'static,
+    ) {
+        let request = self.request_ids.complete(&self.node, call, context);
+        let (request, key) = match request.and_then(|r| Ok((r, session_key(namespace, session)?)))
+        {
+            Ok(built) => built,
+            Err(error) => return done(Err(error)),
+        };
+        let (node, deadline) = (self.node.clone(), call.deadline.0);
+        let now = self.node.cluster_time().time;
+        self.node.read(deadline, move |state| {
+            let state = match state {
+                Ok(state) => state,
+                Err(error) => return done(Err(error.into())),
+            };
+            let revision = state.revision();
+            let need = state.touch_need(&key, now);
+            let touch = Command::TouchSession { request, key };
+            match need {
+                TouchNeed::NotFound => done(Err(Error::session_not_found())),
+                TouchNeed::None { version, deadline } => {
+                    done(Ok(Touched { revision, version, expires: deadline }));
+                }
+                TouchNeed::Propose { version, deadline: expires } => {
+                    node.write(&touch, false, deadline, |_| {});
+                    done(Ok(Touched { revision, version, expires }));
+                }
+                TouchNeed::Wait { .. } => node.write(&touch, false, deadline, move |result| {
+                    done(written(result).map(|written| Touched {
+                        revision: written.revision,
+                        version: written.version,
+                        expires: written.deadline,
+                    }));
+                }),
+            }
+        });
+    }
+
+    /// Ends a session.
+    pub fn delete(
+        &self,
+        call: &Call,
+        context: &RequestContext,
+        namespace: String,
+        session: &SessionSelector,
+        expected_version: Option<u64>,
+        done: impl FnOnce(Result<Deleted, Error>) + Send + 'static,
+    ) {
+        let request = self.request_ids.complete(&self.node, call, context);
+        let (request, key) = match request.and_then(|r| Ok((r, session_key(namespace, session)?)))
+        {
+            Ok(built) => built,
+            Err(error) => return done(Err(error)),
+        };
+        let expected_version = expected_version.map(Revision);
+        let command = Command::DeleteSession { request, key, expected_version };
+        self.node.write(&command, context.resend, call.deadline.0, move |result| {
+            done(written(result).map(|written| Deleted { revision: written.revision }));
+        });
+    }
+
+    /// Lists sessions in the order of their handles.
+    pub fn list(
+        &self,
+        call: &Call,
+        list: ListSessions,
+        done: impl FnOnce(Result<Listed, Error>) + Send + 'static,
+    ) {
+        let consistency = list.consistency;
+        let (namespace, query) = match list_query(list) {
+            Ok(built) => built,
+            Err(error) => return done(Err(error)),
+        };
+        self.read(call, consistency, move |state| {
+            let state = match state {
+                Ok(state) => state,
+                Err(error) => return done(Err(error.into())),
+            };
+            let QueryReply { revision, sessions, more } = state.query(&query);
+            done(Ok(Listed { revision, namespace, sessions, more }));
+        });
+    }
+
+    fn read(
+        &self,
+        call: &Call,
+        consistency: Consistency,
+        look: impl FnOnce(Result<&State, ReadError>) + Send + 'static,
+    ) {
+        match consistency {
+            Consistency::Linearizable => self.node.read(call.deadline.0, look),
+            Consistency::Local { min_revision } => {
+                self.node.read_local(min_revision, call.deadline.0, look);
+            }
+        }
+    }
+}
+
+struct Written {
+    revision: Revision,
+    version: Revision,
+    deadline: Option<Timestamp>,
+}
+
+fn written(result: Result<Reply, WriteError>) -> Result<Written, Error> {
+    let Reply { revision, outcome } = result?;
+    match outcome {
+        Outcome::Written { version, deadline } => Ok(Written { revision, version, deadline }),
+        Outcome::Rejected(rejection) => Err(Error::rejected(rejection)),
+    }
+}
+
+fn found(reply: QueryReply, key: SessionKey) -> Result<Found, Error> {
+    let (handle, session) =
+        reply.sessions.into_iter().next().ok_or_else(Error::session_not_found)?;
+    Ok(Found { revision: reply.revision, namespace: key.namespace, handle, session })
+}
+
+fn mint_id() -> Result<String, Error> {
+    let mut secret = [0; 32];
+    getrandom::fill(&mut secret).map_err(|error| {
+        Error::new(ErrorKind::Internal, "NO_RANDOMNESS", format!("no session id: {error}"))
+    })?;
+    Ok(URL_SAFE_NO_PAD.encode(secret))
+}
+
+fn batch_keys(
+    namespace: String,
+    sessions: &[SessionSelector],
+) -> Result<(Namespace, Vec<SessionKey>), Error> {
+    if sessions.len() > PAGE_SIZE_MAX {
+        let found = sessions.len() as u64;
+        return Err(Error::over_limit("sessions", "sessions", found, PAGE_SIZE_MAX as u64));
+    }
+    let namespace = valid_namespace(namespace)?;
+    let keys = sessions
+        .iter()
+        .map(|session| {
+            let digest = selected(&namespace, session)?;
+            Ok(SessionKey { namespace: namespace.clone(), digest })
+        })
+        .collect::<Result<_, Error>>()?;
+    Ok((namespace, keys))
+}
+
+fn list_query(list: ListSessions) -> Result<(Namespace, Query), Error> {
+    let namespace = valid_namespace(list.namespace)?;
+    let limit = match list.page_size as usize {
+        0 => PAGE_SIZE_DEFAULT,
+        size if size <= PAGE_SIZE_MAX => size,
+        size => {
+            let limit = PAGE_SIZE_MAX as u64;
+            return Err(Error::over_limit("page_size", "sessions", size as u64, limit));
+        }
+    };
+    let after = match list.page_token.as_str() {
+        "" => None,
+        token => Some(parse_digest(token).ok_or_else(|| {
+            Error::invalid(
+                "page_token",
+                "INVALID_PAGE_TOKEN",
+                "page_token is not the next_page_token of an earlier page",
+            )
+        })?),
+    };
+    let principal = valid_principal(list.principal)?;
+    let query = Query::ListSessions { namespace: namespace.clone(), principal, after, limit };
+    Ok((namespace, query))
+}
+
+fn session_key(namespace: String, session: &SessionSelector) -> Result<SessionKey, Error> {
+    let namespace = valid_namespace(namespace)?;
+    let digest = selected(&namespace, session)?;
+    Ok(SessionKey { namespace, digest })
+}
+
+fn selected(namespace: &Namespace, session: &SessionSelector) -> Result<Digest, Error> {
+    match session {
+        SessionSelector::Id(id) => {
+            valid_id(id)?;
+            Ok(session_digest(&namespace.0, id))
+        }
+        SessionSelector::Handle(handle) => parse_digest(handle).ok_or_else(|| {
+            Error::invalid(
+                "session.handle",
+                "INVALID_HANDLE",
+                "a handle is 32 lowercase hex characters, as `quorate session list` prints them",
+            )
+        }),
+    }
+}
+
+fn parse_digest(hex: &str) -> Option<Digest> {
+    if hex.len() != 32 || hex.bytes().any(|byte| byte.is_ascii_uppercase()) {
+        return None;
+    }
+    let mut digest = [0; 16];
+    for (byte, pair) in digest.iter_mut().zip(hex.as_bytes().chunks_exact(2)) {
+        let high = char::from(pair[0]).to_digit(16)?;
+        let low = char::from(pair[1]).to_digit(16)?;
+        *byte = u8::try_from(high << 4 | low).ok()?;
+    }
+    Some(Digest(digest))
+}
+
+fn valid_namespace(namespace: String) -> Result<Namespace, Error> {
+    if namespace.is_empty() {
+        return Ok(Namespace("default".into()));
+    }
+    let allowed = |byte: u8| {
+        byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'.' | b'_' | b'-')
+    };
+    if namespace.len() > NAMESPACE_BYTES_MAX || !namespace.bytes().all(allowed) {
+        return Err(Error::invalid(
+            "namespace",
+            "INVALID_NAMESPACE",
+            "a namespace has 1 to 63 characters of a-z 0-9 . _ -",
+        ));
+    }
+    Ok(Namespace(namespace.into()))
+}
+
+/// Ids are cookie values (RFC 6265 cookie-octet), less those that break in headers and URLs.
+fn valid_id(id: &str) -> Result<(), Error> {
+    let allowed =
+        |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~!$&'*+^`|#%".contains(&byte);
+    let length = id.len();
+    if !(SESSION_ID_CHARS_MIN..=SESSION_ID_CHARS_MAX).contains(&length) || !id.bytes().all(allowed)
+    {
+        return Err(Error::invalid(
+            "session.id",
+            "INVALID_SESSION_ID",
+            "a session id has 16 to 128 characters of A-Z a-z 0-9 - _ . ~ ! $ & ' * + ^ ` | # %",
+        ));
+    }
+    Ok(())
+}
+
+fn valid_name(field: &'static str, name: &str) -> Result<(), Error> {
+    if name.is_empty() {
+        return Err(Error::invalid(field, "INVALID_NAME", format!("{field}: a name is empty")));
+    }
+    if name.len() > NAME_BYTES_MAX {
+        return Err(Error::over_limit(
+            field,
+            "bytes in a name",
+            name.len() as u64,
+            NAME_BYTES_MAX as u64,
+        ));
+    }
+    Ok(())
+}
+
+fn valid_principal(principal: String) -> Result<Option<Arc<str>>, Error> {
+    if principal.is_empty() {
+        return Ok(None);
+    }
+    valid_name("principal", &principal)?;
+    Ok(Some(principal.into()))
+}
+
+fn valid_attributes(
+    field: &'static str,
+    attributes: BTreeMap<String, Bytes>,
+) -> Result<Vec<Attribute>, Error> {
+    if attributes.len() > SESSION_ATTRIBUTES_MAX {
+        let found = attributes.len() as u64;
+        return Err(Error::over_limit(field, "attributes", found, SESSION_ATTRIBUTES_MAX as u64));
+    }
+    let mut total = 0;
+    let mut valid = Vec::with_capacity(attributes.len());
+    for (name, value) in attributes {
+        valid_name(field, &name)?;
+        if value.len() > ATTRIBUTE_VALUE_BYTES_MAX {
+            return Err(Error::over_limit(
+                field,
+                "bytes in a value",
+                value.len() as u64,
+                ATTRIBUTE_VALUE_BYTES_MAX as u64,
+            ));
+        }
+        total += name.len() + value.len();
+        valid.push(Attribute { name, value });
+    }
+    if total > SESSION_BYTES_MAX {
+        return Err(Error::over_limit(field, "bytes", total as u64, SESSION_BYTES_MAX as u64));
+    }
+    Ok(valid)
+}
+
+fn valid_timeout(
+    field: &'static str,
+    timeout: Option<Timeout>,
+) -> Result<Option<Timeout>, Error> {
+    let outside = |length: Duration| !(TIMEOUT_MIN..=TIMEOUT_MAX).contains(&length);
+    match timeout {
+        Some(Timeout::After(length)) if outside(length) => Err(Error::invalid(
+            field,
+            "INVALID_TIMEOUT",
+            format!("{field} has to be between 1 s and 10 years, or never"),
+        )),
+        timeout => Ok(timeout),
+    }
+}

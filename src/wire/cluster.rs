@@ -1,0 +1,70 @@
+//! `quorate.v1.ClusterService`.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status};
+
+use super::convert::{cluster_id_out, member_out, status_out, timestamp_out};
+use super::session::timeout_of;
+use super::status::status;
+use crate::proto::v1;
+use crate::proto::v1::cluster_service_server::ClusterService;
+use crate::service::{Call, Caller, Cluster};
+
+pub(super) struct ClusterServer {
+    pub(super) cluster: Arc<Cluster>,
+}
+
+/// Who answers, who leads, and what time it is.
+pub(super) fn describe(cluster: &Cluster) -> v1::DescribeResponse {
+    let node = cluster.node();
+    let members = node.members();
+    let leader_id = node.leader_id().unwrap_or(0);
+    let leader = members.iter().find(|member| member.node_id == leader_id);
+    let cluster_id = node.cluster_id();
+    v1::DescribeResponse {
+        cluster_id: cluster_id_out(cluster_id),
+        node_id: node.node_id(),
+        leader_id,
+        leader_address: leader.map(|member| member.client_address.clone()).unwrap_or_default(),
+        cluster_time: cluster_id.map(|_| timestamp_out(node.cluster_time().time)),
+        members: members.into_iter().map(member_out).collect(),
+    }
+}
+
+/// Resident memory of this process, in bytes; 0 where the system does not say.
+fn resident_bytes() -> u64 {
+    let pages = std::fs::read_to_string("/proc/self/statm")
+        .ok()
+        .and_then(|statm| statm.split_whitespace().nth(1)?.parse::<u64>().ok());
+    pages.unwrap_or(0).saturating_mul(rustix::param::page_size() as u64)
+}
+
+#[tonic::async_trait]
+impl ClusterService for ClusterServer {
+    async fn describe(
+        &self,
+        _request: Request<v1::DescribeRequest>,
+    ) -> Result<Response<v1::DescribeResponse>, Status> {
+        Ok(Response::new(describe(&self.cluster)))
+    }
+
+    async fn initialize(
+        &self,
+        request: Request<v1::InitializeRequest>,
+    ) -> Result<Response<v1::InitializeResponse>, Status> {
+        let call = Call::within(self.cluster.node(), Caller, timeout_of(&request));
+        let members = request.into_inner().members;
+        let listed = members.into_iter().map(|m| (m.node_id, m.peer_address)).collect();
+        let cluster_id = self.cluster.initialize(&call, listed).await.map_err(status)?;
+        Ok(Response::new(v1::InitializeResponse { cluster_id: format!("{cluster_id:032x}") }))
+    }
+
+    async fn status(
+        &self,
+        request: Request<v1::StatusRequest>,
+    ) -> Result<Response<v1::StatusResponse>, Status> {
+        let call = Call::within(self.cluster.node(), Caller, timeout_of(&request));
+        Ok(Response::new(status_out(self.cluster.status(&call), resident_bytes())))
+    }
+}
