@@ -241,8 +241,7 @@ impl Inode {
 
     fn power_cut(&self, random: &mut Random) -> Inode {
         let mut durable = self.durable.clone();
-        let length =
-            if random.one_in(2) { self.durable.len() } else { self.visible.len() };
+        let length = if random.one_in(2) { self.durable.len() } else { self.visible.len() };
         let mode = random.below(4);
         let below = match self.dirty.last() {
             Some(last) => random.below(*last as u64 + 2) as usize,
