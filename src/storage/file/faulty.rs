@@ -67,6 +67,7 @@ struct Disk {
     stop_at: Option<u64>,
     /// The sync that fails, counted from 1.
     fail_sync_at: Option<u64>,
+    failed_sync: Option<usize>,
     stopped: bool,
 }
 
@@ -117,6 +118,13 @@ impl FaultyFiles {
     /// Syncs of files so far.
     pub(crate) fn syncs(&self) -> u64 {
         self.lock().syncs
+    }
+
+    /// The file of which a sync failed, by the name that it has now.
+    pub(crate) fn failed_sync(&self) -> Option<PathBuf> {
+        let disk = self.lock();
+        let failed = disk.failed_sync?;
+        disk.names.iter().find(|(_, inode)| **inode == failed).map(|(path, _)| path.clone())
     }
 
     /// True once the power has gone.
@@ -421,6 +429,7 @@ impl File for FaultyFile {
         disk.syncs += 1;
         if disk.fail_sync_at == Some(disk.syncs) {
             disk.inodes[self.inode].dirty.clear();
+            disk.failed_sync = Some(self.inode);
             return Err(io::Error::other("the disk failed to sync"));
         }
         disk.inodes[self.inode].sync();
