@@ -1,1 +1,4 @@
 //! Bytes on disk.
+
+pub mod file;
+pub mod wal;

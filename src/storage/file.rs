@@ -1,0 +1,209 @@
+//! The file layer: every byte that a node puts on disk by itself goes through these two traits.
+//!
+//! They exist so that a test can stand between a node and its disk and pull the plug: `RealFiles`
+//! is the operating system, [`faulty`] an imitation that loses whatever was not synced. The write
+//! ahead log, snapshot files and the identity file are written through it; sled does its own.
+//!
+//! What callers may rely on, and `faulty` takes away at its worst:
+//! - [`File::write_all_at`] promises nothing until a sync of that file returned. Until then any
+//!   512-byte sector of it may be on disk or not, whatever the order in which it was written.
+//! - A name (create, rename, remove) promises nothing until [`Files::sync_dir`] of its directory.
+//! - Once a sync failed, what it covered is unknown for good: a second sync that succeeds proves
+//!   nothing, because the kernel may have dropped the pages (the "fsyncgate" of 2018).
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+#[cfg(test)]
+pub(crate) mod faulty;
+
+/// A file system, as far as storage needs one. Paths are used as given.
+pub trait Files: Send + Sync + 'static {
+    /// Opens an existing file for reading and writing.
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn File>>;
+
+    /// Creates an empty file for reading and writing; one of that name is emptied.
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn File>>;
+
+    /// Names of all entries of a directory, sorted. Names that are not UTF-8 are left out.
+    fn list(&self, directory: &Path) -> io::Result<Vec<String>>;
+
+    /// True if a file or directory of that name exists.
+    fn exists(&self, path: &Path) -> io::Result<bool>;
+
+    /// Gives a file another name within its directory, replacing one that has it, atomically.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    /// Removes a file. It stays readable through handles that are open.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// Creates a directory and those above it, where missing.
+    fn create_dir_all(&self, directory: &Path) -> io::Result<()>;
+
+    /// Makes the creations, renames and removals in a directory durable.
+    fn sync_dir(&self, directory: &Path) -> io::Result<()>;
+}
+
+/// An open file. All calls take an offset, so that one handle serves several threads.
+#[expect(clippy::len_without_is_empty, reason = "a length in bytes, not a collection")]
+pub trait File: Send + Sync {
+    /// Writes all of `bytes` at `offset`; the file grows as needed.
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+
+    /// Fills `buffer` from `offset`; `UnexpectedEof` if the file ends before.
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// Length in bytes.
+    fn len(&self) -> io::Result<u64>;
+
+    /// Cuts or extends (with zeros) to `length` bytes.
+    fn set_len(&self, length: u64) -> io::Result<()>;
+
+    /// Makes content durable, with the length if it changed (`fdatasync`).
+    fn sync_data(&self) -> io::Result<()>;
+
+    /// Makes content and all metadata durable (`fsync`).
+    fn sync_all(&self) -> io::Result<()>;
+}
+
+/// The operating system's files.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RealFiles;
+
+impl Files for RealFiles {
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        Ok(Arc::new(fs::OpenOptions::new().read(true).write(true).open(path)?))
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        let mut options = fs::OpenOptions::new();
+        Ok(Arc::new(options.read(true).write(true).create(true).truncate(true).open(path)?))
+    }
+
+    fn list(&self, directory: &Path) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(directory)? {
+            if let Ok(name) = entry?.file_name().into_string() {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        path.try_exists()
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    fn create_dir_all(&self, directory: &Path) -> io::Result<()> {
+        fs::create_dir_all(directory)
+    }
+
+    fn sync_dir(&self, directory: &Path) -> io::Result<()> {
+        fs::File::open(directory)?.sync_all()
+    }
+}
+
+impl File for fs::File {
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        FileExt::write_all_at(self, bytes, offset)
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        FileExt::read_exact_at(self, buffer, offset)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        fs::File::set_len(self, length)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        fs::File::sync_data(self)
+    }
+
+    fn sync_all(&self) -> io::Result<()> {
+        fs::File::sync_all(self)
+    }
+}
+
+/// Replaces the whole of a small file: after a crash it holds either the old bytes or the new
+/// ones, and after `Ok` the new ones. Leaves `<path>.tmp` behind if it is interrupted.
+pub fn replace(files: &dyn Files, path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".tmp");
+    let beside = PathBuf::from(beside);
+    let file = files.create(&beside)?;
+    file.write_all_at(bytes, 0)?;
+    file.sync_all()?;
+    files.rename(&beside, path)?;
+    files.sync_dir(parent(path))
+}
+
+/// Reads a whole file, or refuses one of more than `bytes_max` bytes.
+pub fn read_whole(files: &dyn Files, path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let file = files.open(path)?;
+    let length = file.len()?;
+    if length > bytes_max {
+        let reason = format!("{} is {length} bytes, more than {bytes_max}", path.display());
+        return Err(io::Error::new(io::ErrorKind::InvalidData, reason));
+    }
+    let mut bytes = vec![0; length as usize];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// The directory that holds `path`; the current one if it has no other.
+pub fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn real_files_do_what_the_trait_says() {
+        let directory = tempfile::tempdir().unwrap();
+        let files = RealFiles;
+        let nested = directory.path().join("a/b");
+        files.create_dir_all(&nested).unwrap();
+        let path = nested.join("file");
+        assert!(!files.exists(&path).unwrap());
+        replace(&files, &path, b"one").unwrap();
+        replace(&files, &path, b"three").unwrap();
+        assert_eq!(read_whole(&files, &path, 5).unwrap(), b"three");
+        assert_eq!(read_whole(&files, &path, 4).unwrap_err().kind(), io::ErrorKind::InvalidData);
+        assert_eq!(files.list(&nested).unwrap(), ["file"]);
+
+        let file = files.open(&path).unwrap();
+        file.write_all_at(b"xy", 8).unwrap();
+        assert_eq!(read_whole(&files, &path, 100).unwrap(), b"three\0\0\0xy");
+        file.set_len(2).unwrap();
+        assert_eq!(file.len().unwrap(), 2);
+        file.sync_data().unwrap();
+        let end = file.read_exact_at(&mut [0; 3], 0).unwrap_err();
+        assert_eq!(end.kind(), io::ErrorKind::UnexpectedEof);
+
+        files.remove(&path).unwrap();
+        assert_eq!(files.open(&path).err().unwrap().kind(), io::ErrorKind::NotFound);
+        file.read_exact_at(&mut [0; 2], 0).unwrap();
+    }
+}

@@ -1,0 +1,168 @@
+//! The real thing: threads, real files, readers beside writers.
+
+use std::thread;
+
+use super::*;
+
+/// Removes records, votes and purges while others read; nothing that is read may be wrong.
+#[test]
+fn readers_beside_a_writer_see_records_whole_and_in_order() {
+    let directory = tempfile::tempdir().unwrap();
+    let options =
+        WalOptions { segment_bytes: 1 << 20, cache_bytes_max: 100_000, ..WalOptions::default() };
+    let open = || Wal::open(Arc::new(RealFiles), directory.path(), options.clone()).unwrap();
+    let (wal, _) = open();
+    let finished = Arc::new(AtomicU64::new(0));
+    let readers: Vec<_> = (0..3)
+        .map(|seed| {
+            let (wal, finished) = (wal.clone(), Arc::clone(&finished));
+            thread::spawn(move || {
+                let mut random = Random(seed);
+                let mut seen = 0;
+                while finished.load(Ordering::SeqCst) == 0 {
+                    let last = wal.last_index().unwrap_or(0);
+                    let from = random.below(last + 1);
+                    let records = wal.read(from..from + 200, 60_000).unwrap();
+                    let mut numbers = records.iter().map(|record| {
+                        let number = u64::from_le_bytes(record.header[..].try_into().unwrap());
+                        assert_eq!(*record, numbered(number, (number % 977) as usize));
+                        number
+                    });
+                    let first = numbers.next();
+                    assert!(first.is_none_or(|first| first >= from));
+                    seen += numbers.fold(first.unwrap_or(0), |before, number| {
+                        assert_eq!(number, before + 1, "seed {seed}");
+                        number
+                    });
+                }
+                seen
+            })
+        })
+        .collect();
+
+    const RECORDS: u64 = 20_000;
+    let mut outcomes = Vec::new();
+    for index in 1..=RECORDS {
+        let (done, outcome) = promise();
+        wal.append(index, vec![numbered(index, (index % 977) as usize)], done);
+        outcomes.push(outcome);
+        match index % 1000 {
+            0 => wait_for(|done| wal.save_vote(blob("vote"), done)).unwrap(),
+            500 if index > 5000 => wal.purge_to(index - 5000, blob("marker"), promise().0),
+            _ => wal.save_committed(index, blob("committed")),
+        }
+    }
+    for outcome in outcomes {
+        outcome.recv_timeout(PATIENCE).unwrap().unwrap();
+    }
+    finished.store(1, Ordering::SeqCst);
+    assert!(readers.into_iter().all(|reader| reader.join().unwrap() > 0));
+    let statistics = wal.statistics();
+    assert_eq!(statistics.records, RECORDS);
+    assert!(statistics.syncs > 10 && statistics.sync_p99 >= statistics.sync_p50);
+    assert!(statistics.bytes_on_disk < 8 << 20, "purged segments are gone: {statistics:?}");
+    drop(wal);
+
+    let (wal, recovered) = open();
+    assert_eq!((recovered.first_index, recovered.last_index), (14_501, Some(RECORDS)));
+    assert_eq!(wal.read(0..RECORDS + 1, usize::MAX).unwrap().len(), 5_500);
+}
+
+#[test]
+fn completions_run_in_order_and_may_call_the_log() {
+    let files = FaultyFiles::new();
+    let (wal, _) = open(&files).unwrap();
+    let (sender, order) = channel();
+    let (again, last) = (wal.clone(), sender.clone());
+    for index in 1..=3 {
+        let sender = sender.clone();
+        let done = Box::new(move |outcome: Result<(), WalError>| {
+            sender.send((index, outcome.is_ok())).unwrap();
+        });
+        wal.append(index, vec![numbered(index, 10)], done);
+    }
+    let chained: Completion = Box::new(move |_| {
+        let done = Box::new(move |outcome: Result<(), WalError>| {
+            last.send((5, outcome.is_ok())).unwrap();
+        });
+        again.append(4, vec![numbered(4, 10)], done);
+    });
+    wal.save_vote(blob("vote"), chained);
+    for index in [1, 2, 3, 5] {
+        assert_eq!(order.recv_timeout(PATIENCE).unwrap(), (index, true));
+    }
+}
+
+/// Waiting callers, queued ones and later ones all hear of a disk that fails.
+#[test]
+fn a_disk_that_fails_is_heard_of_by_everybody() {
+    let files = FaultyFiles::new();
+    let (wal, _) = open(&files).unwrap();
+    append(&wal, 1, vec![numbered(1, 10)]).unwrap();
+    files.stop_at(2);
+    let outcomes: Vec<_> = (2..200)
+        .map(|index| {
+            let (done, outcome) = promise();
+            wal.append(index, vec![numbered(index, 10)], done);
+            outcome
+        })
+        .collect();
+    for outcome in outcomes {
+        match outcome.recv_timeout(PATIENCE).unwrap() {
+            // Those behind the failure were refused as out of order or as too late.
+            Err(WalError::Io { .. }) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    match wait_for(|done| wal.save_vote(blob("late"), done)) {
+        Err(WalError::Io { error, .. }) => assert!(error.to_string().contains("power")),
+        other => panic!("{other:?}"),
+    }
+    wal.close();
+}
+
+#[test]
+fn dropping_the_last_handle_writes_what_is_queued() {
+    let files = FaultyFiles::new();
+    let (wal, _) = open(&files).unwrap();
+    for index in 1..=50 {
+        wal.append(index, vec![numbered(index, 500)], promise().0);
+    }
+    let clone = wal.clone();
+    drop(wal);
+    clone.append(51, vec![numbered(51, 500)], promise().0);
+    drop(clone);
+    let (_, recovered) = open(&files.power_cut(&mut Random(3))).unwrap();
+    assert_eq!((recovered.last_index, recovered.repaired_tail), (Some(51), None));
+}
+
+/// With its own threads the order of I/O is not known, so the power goes at any time at all.
+#[test]
+fn a_threaded_log_keeps_what_it_acknowledged() {
+    for seed in 0..60 {
+        let mut random = Random(seed);
+        let files = FaultyFiles::new();
+        files.stop_at(30 + random.below(150));
+        let mut acknowledged = 0;
+        if let Ok((wal, _)) = open(&files) {
+            let mut waiting = Vec::new();
+            for index in 1..=400 {
+                let (done, outcome) = promise();
+                wal.append(index, vec![numbered(index, random.below(900) as usize)], done);
+                waiting.push((index, outcome));
+                if random.one_in(8) {
+                    for (index, outcome) in waiting.drain(..) {
+                        if outcome.recv_timeout(PATIENCE).unwrap().is_ok() {
+                            acknowledged = index;
+                        }
+                    }
+                }
+                if random.one_in(20) {
+                    wal.purge_to(index / 2, blob("marker"), promise().0);
+                }
+            }
+        }
+        let (_, recovered) = open(&files.power_cut(&mut random)).unwrap();
+        assert!(recovered.last_index.unwrap_or(0) >= acknowledged, "seed {seed}");
+    }
+}

@@ -1,0 +1,394 @@
+//! The log's thread: takes what is queued, makes a batch of it, writes, syncs, tells.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::batch::{self, Frame, FrameEntry, Kind, Place};
+use super::log::Location;
+use super::segment::{FIRST_BATCH, Segment};
+use super::supply::Supply;
+use super::words::Words;
+use super::{Completion, Operation, Shared, State, WalError, io_error};
+
+/// A segment that has been written to, or is about to be.
+pub(super) struct Span {
+    pub(super) segment: Arc<Segment>,
+    /// Highest index of any record in it, dropped or not.
+    pub(super) highest: Option<u64>,
+}
+
+/// Where the log goes on.
+pub(super) struct Start {
+    /// Oldest first; the last is the one to write to.
+    pub(super) spans: VecDeque<Span>,
+    pub(super) position: u64,
+    pub(super) sequence: u64,
+}
+
+pub(super) struct Writer {
+    shared: Arc<Shared>,
+    supply: Supply,
+    spans: VecDeque<Span>,
+    /// Where the next batch goes in the last span.
+    position: u64,
+    sequence: u64,
+    /// As of the last batch that was synced.
+    words: Words,
+    /// Bytes that the frames of one batch may take.
+    room: usize,
+    /// Taken from the queue, not yet written in full.
+    pending: VecDeque<Operation>,
+    /// Reused from batch to batch, and never larger than one.
+    buffer: Vec<u8>,
+    /// True if the last batch on disk marks a close, or there is none at all.
+    sealed: bool,
+}
+
+/// What one batch is made of.
+#[derive(Default)]
+struct Draft {
+    frames: Vec<Frame>,
+    bytes: usize,
+    /// Which call appended them: runs of records, by the number of the call and how many.
+    appended: Vec<(u64, usize)>,
+    completions: Vec<Completion>,
+}
+
+impl Writer {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        supply: Supply,
+        start: Start,
+        words: Words,
+        room: usize,
+    ) -> Writer {
+        assert!(!start.spans.is_empty());
+        Writer {
+            shared,
+            supply,
+            spans: start.spans,
+            position: start.position,
+            sequence: start.sequence,
+            words,
+            room,
+            pending: VecDeque::new(),
+            buffer: Vec::new(),
+            sealed: start.sequence == 1,
+        }
+    }
+
+    /// The thread: until the log is closed or the disk fails.
+    pub(super) fn run(&mut self) {
+        // Whatever ends this thread, nobody waits in vain.
+        let _last_will = LastWill { shared: Arc::clone(&self.shared) };
+        loop {
+            let closing = self.wait();
+            if self.write_pending(closing).is_err() || closing {
+                return;
+            }
+        }
+    }
+
+    /// Takes the queue once there is something worth a sync in it. True if it is the last time.
+    fn wait(&mut self) -> bool {
+        let mut state = self.shared.lock();
+        while state.urgent == 0 && !state.closing {
+            state.idle = true;
+            state = self.shared.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.idle = false;
+        take_queue(&mut state, &mut self.pending);
+        state.closing
+    }
+
+    /// Does what the thread does when it wakes, for a test. False once the log has stopped.
+    #[cfg(test)]
+    pub(super) fn turn(&mut self) -> bool {
+        let closing = {
+            let mut state = self.shared.lock();
+            if state.urgent == 0 && !state.closing {
+                return state.stopped.is_none();
+            }
+            take_queue(&mut state, &mut self.pending);
+            state.closing
+        };
+        self.write_pending(closing).is_ok() && !closing
+    }
+
+    /// Writes all that was taken from the queue, and what joins it meanwhile.
+    fn write_pending(&mut self, closing: bool) -> Result<(), ()> {
+        while !self.pending.is_empty() {
+            self.write_batch()?;
+            let mut state = self.shared.lock();
+            // Only as much as is urgent: what remains can wait for the next waking.
+            if state.urgent > 0 || !self.pending.is_empty() {
+                take_queue(&mut state, &mut self.pending);
+            }
+        }
+        if closing {
+            self.seal()?;
+        }
+        Ok(())
+    }
+
+    /// Ends the log with an empty batch: proof that all before it was complete.
+    fn seal(&mut self) -> Result<(), ()> {
+        if !self.sealed {
+            self.write_batch()?;
+        }
+        self.stop(WalError::Closed, Vec::new());
+        Ok(())
+    }
+
+    /// Makes one batch of as many operations as fit, and puts it on disk. An error has been told
+    /// to everybody.
+    fn write_batch(&mut self) -> Result<(), ()> {
+        let mut draft = self.draft();
+        match self.put(&mut draft) {
+            Ok((entries, time)) => {
+                self.conclude(&draft, &entries, time);
+                for done in draft.completions {
+                    done(Ok(()));
+                }
+                Ok(())
+            }
+            Err(error) => {
+                tracing::error!(%error, "the write-ahead log has stopped");
+                self.stop(error, draft.completions);
+                Err(())
+            }
+        }
+    }
+
+    fn draft(&mut self) -> Draft {
+        let mut draft = Draft::default();
+        while let Some(operation) = self.pending.pop_front() {
+            if let Some(rest) = draft.take(operation, self.room) {
+                self.pending.push_front(rest);
+                break;
+            }
+        }
+        draft
+    }
+
+    /// Encodes, writes and syncs. Returns the batch's table and how long the disk took.
+    fn put(&mut self, draft: &mut Draft) -> Result<(Vec<FrameEntry>, Duration), WalError> {
+        let restated = self.words.restate().iter().map(Frame::bytes).sum::<usize>();
+        let bytes = (batch::HEADER_BYTES + restated + draft.bytes) as u64;
+        let bytes = bytes.next_multiple_of(batch::BLOCK_BYTES as u64);
+        if self.position + bytes > self.active().segment.length {
+            self.advance(bytes)?;
+        }
+        if self.position == FIRST_BATCH {
+            draft.frames.splice(0..0, self.words.restate());
+        }
+        let active = self.active();
+        let place = Place {
+            sequence: self.sequence,
+            salt: active.segment.salt,
+            segment: active.segment.number,
+            next_index: self.words.next,
+        };
+        let segment = Arc::clone(&active.segment);
+        let entries = batch::encode(place, &draft.frames, &mut self.buffer);
+        assert!(self.position + self.buffer.len() as u64 <= segment.length);
+
+        let begun = now();
+        let file = &segment.file;
+        let written = file.write_all_at(&self.buffer, self.position);
+        written.map_err(|error| io_error("write", &segment.path, error))?;
+        file.sync_data().map_err(|error| io_error("sync", &segment.path, error))?;
+        Ok((entries, begun.elapsed()))
+    }
+
+    /// Moves on to the next segment that has room for a batch of so many bytes, which any that is
+    /// prepared from now on has.
+    fn advance(&mut self, bytes: u64) -> Result<(), WalError> {
+        loop {
+            let segment = self.supply.take()?;
+            self.position = FIRST_BATCH;
+            let mut state = self.shared.lock();
+            state.segments.push(Arc::clone(&segment));
+            state.position = FIRST_BATCH;
+            drop(state);
+            let fits = FIRST_BATCH + bytes <= segment.length;
+            self.spans.push_back(Span { segment, highest: None });
+            // A spare of an earlier start may be smaller than the options say now.
+            if fits {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes note of a batch that is on disk.
+    fn conclude(&mut self, draft: &Draft, entries: &[FrameEntry], time: Duration) {
+        for frame in &draft.frames {
+            self.words.apply(frame.kind, frame.index, || frame.payload.clone());
+        }
+        let start = self.position as u32;
+        self.sequence += 1;
+        self.position += self.buffer.len() as u64;
+        self.sealed = draft.frames.is_empty();
+        let records = entries.iter().filter(|entry| entry.kind == Kind::Record);
+        let highest = records.clone().map(|entry| entry.index).max();
+        let active = self.spans.back_mut().expect("there is always a segment to write to");
+        active.highest = active.highest.max(highest);
+        let number = active.segment.number;
+
+        let mut state = self.shared.lock();
+        let calls =
+            draft.appended.iter().flat_map(|(call, count)| std::iter::repeat_n(*call, *count));
+        for (entry, call) in records.zip(calls) {
+            let offset = start + entry.offset;
+            let (checksum, header_bytes) = (entry.checksum, entry.header_bytes);
+            let location = Location::new(number, offset, checksum, header_bytes, entry.bytes);
+            state.log.locate(entry.index, call, location);
+            state.bytes_queued -= u64::from(entry.bytes);
+            state.counters.records += 1;
+        }
+        state.log.evict();
+        state.position = self.position;
+        state.counters.bytes += self.buffer.len() as u64;
+        state.counters.segment_waits = self.supply.waits();
+        state.counters.synced(time);
+        drop(state);
+        self.after_batch();
+    }
+
+    /// Looks after segments.
+    fn after_batch(&mut self) {
+        self.remove_purged();
+        if self.position > self.active().segment.length / 4 {
+            self.supply.order();
+        }
+    }
+
+    /// Removes the segments at the front of which every record is purged, on disk.
+    pub(super) fn remove_purged(&mut self) {
+        while self.spans.len() > 1 && self.spans[0].highest <= self.words.purged_index() {
+            let Some(span) = self.spans.pop_front() else { return };
+            self.shared.lock().segments.retain(|segment| segment.number != span.segment.number);
+            self.supply.remove(&span.segment);
+        }
+    }
+
+    fn active(&self) -> &Span {
+        self.spans.back().expect("there is always a segment to write to")
+    }
+
+    /// Ends the log: tells those of the batch, those behind it, and all who come later.
+    fn stop(&mut self, error: WalError, mut completions: Vec<Completion>) {
+        let waiting = std::mem::take(&mut self.pending);
+        completions.extend(waiting.into_iter().filter_map(Operation::into_completion));
+        completions.extend(self.shared.stop(error.clone()));
+        for done in completions {
+            done(Err(error.clone()));
+        }
+    }
+}
+
+impl Draft {
+    /// Adds an operation, or as much of it as fits; returns what does not. An empty draft takes at
+    /// least one frame.
+    fn take(&mut self, operation: Operation, room: usize) -> Option<Operation> {
+        match operation {
+            Operation::Append { number, first_index, mut records, done } => {
+                let mut index = first_index;
+                while let Some(record) = records.as_slice().first() {
+                    if !self.fits(batch::FRAME_BYTES + record.bytes(), room) {
+                        break;
+                    }
+                    let Some(record) = records.next() else { break };
+                    let (header, payload) = (record.header, record.payload);
+                    self.push(Frame { kind: Kind::Record, index, header, payload });
+                    index += 1;
+                }
+                if index > first_index {
+                    self.appended.push((number, (index - first_index) as usize));
+                }
+                if !records.as_slice().is_empty() {
+                    return Some(Operation::Append { number, first_index: index, records, done });
+                }
+                self.completions.push(done);
+                None
+            }
+            Operation::Vote { vote, done } => {
+                if !self.fits(batch::FRAME_BYTES + vote.len(), room) {
+                    return Some(Operation::Vote { vote, done });
+                }
+                self.push_with(Frame::new(Kind::Vote, 0, vote), done)
+            }
+            Operation::Committed { index, committed } => {
+                if !self.fits(batch::FRAME_BYTES + committed.len(), room) {
+                    return Some(Operation::Committed { index, committed });
+                }
+                self.push(Frame::new(Kind::Committed, index, committed));
+                None
+            }
+            Operation::Truncate { from, done } => {
+                if !self.fits(batch::FRAME_BYTES, room) {
+                    return Some(Operation::Truncate { from, done });
+                }
+                self.push_with(Frame::new(Kind::Truncate, from, Default::default()), done)
+            }
+            Operation::Purge { index, marker, done } => {
+                if !self.fits(batch::FRAME_BYTES + marker.len(), room) {
+                    return Some(Operation::Purge { index, marker, done });
+                }
+                self.push_with(Frame::new(Kind::Purge, index, marker), done)
+            }
+        }
+    }
+
+    fn fits(&self, bytes: usize, room: usize) -> bool {
+        self.frames.is_empty() || self.bytes + bytes <= room
+    }
+
+    fn push(&mut self, frame: Frame) {
+        self.bytes += frame.bytes();
+        self.frames.push(frame);
+    }
+
+    fn push_with(&mut self, frame: Frame, done: Completion) -> Option<Operation> {
+        self.push(frame);
+        self.completions.push(done);
+        None
+    }
+}
+
+impl Shared {
+    /// Takes no more operations from now on; returns the completions of those in the queue.
+    fn stop(&self, error: WalError) -> Vec<Completion> {
+        let mut state = self.lock();
+        if state.stopped.is_none() {
+            state.stopped = Some(error);
+        }
+        state.urgent = 0;
+        let queue = std::mem::take(&mut state.queue);
+        queue.into_iter().filter_map(Operation::into_completion).collect()
+    }
+}
+
+/// Stops the log if its thread ends in any way that did not.
+struct LastWill {
+    shared: Arc<Shared>,
+}
+
+impl Drop for LastWill {
+    fn drop(&mut self) {
+        for done in self.shared.stop(WalError::Stopped) {
+            done(Err(WalError::Stopped));
+        }
+    }
+}
+
+fn take_queue(state: &mut State, pending: &mut VecDeque<Operation>) {
+    state.urgent = 0;
+    pending.extend(state.queue.drain(..));
+}
+
+#[expect(clippy::disallowed_methods, reason = "measures the disk and decides nothing")]
+fn now() -> Instant {
+    Instant::now()
+}
