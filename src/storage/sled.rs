@@ -1,0 +1,211 @@
+//! sled 0.34.7 as a [`BlockStore`]: the only file that names it.
+//!
+//! sled is dormant and has known faults. What is done about them here:
+//!
+//! - A kill while it opens can leave a half-written `snap.*.generating` that it takes for its
+//!   newest index at the next opening, and then refuses to open (fixed only after 0.34.7). Those
+//!   files are removed first.
+//! - Its `flush` starts and awaits write-back (`sync_file_range`) but neither commits file sizes
+//!   nor empties the disk's cache. So [`sync`](BlockStore::sync) fsyncs the data file after it,
+//!   through a handle held open since the start, so that no write-back error passes unseen; and
+//!   blob files and directories, should there be any.
+//! - It panics on some kinds of damage. Panics are caught at each call and are an error then.
+//!   What cannot be caught is a panic in one of its own threads.
+//! - Batches retain what they retire, async flushes deadlock, transactions take a process-wide
+//!   lock: none of these is used, only single inserts, removes and gets.
+//! - Dropping a `Db` releases its file lock a little later, when its threads have noticed. So a
+//!   lock that is held is waited for briefly; the data directory has a lock of its own.
+//! - Its own flusher thread is off: a checkpoint flushes twice and nothing else needs it.
+
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::checkpoint::{BlockStore, StoreError};
+use super::durable::sync_directory;
+
+/// How often, and how long apart, a lock that is still held is tried again: 5 s in all.
+const LOCK_TRIES: u32 = 250;
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
+/// Why sled was not opened.
+#[derive(Debug)]
+pub enum SledError {
+    /// What is in the directory cannot be opened.
+    Unusable(String),
+    /// The directory cannot be reached, but nothing is known to be wrong in it.
+    Io(io::Error),
+}
+
+/// One sled database.
+pub struct SledStore {
+    database: sled::Db,
+    directory: PathBuf,
+    data: File,
+}
+
+impl SledStore {
+    /// Opens the database in the directory, or creates it.
+    ///
+    /// # Errors
+    /// See [`SledError`].
+    pub fn open(directory: &Path, cache_bytes: u64) -> Result<Self, SledError> {
+        fs::create_dir_all(directory).map_err(SledError::Io)?;
+        remove_unfinished_indexes(directory).map_err(SledError::Io)?;
+        let database = open_database(directory, cache_bytes)?;
+        let data = File::open(directory.join("db")).map_err(SledError::Io)?;
+        let store = Self { database, directory: directory.to_owned(), data };
+        store.sync_metadata().map_err(SledError::Io)?;
+        Ok(store)
+    }
+
+    /// The files and directories that opening made.
+    fn sync_metadata(&self) -> io::Result<()> {
+        for entry in fs::read_dir(&self.directory)? {
+            let path = entry?.path();
+            if path.is_file() {
+                File::open(&path)?.sync_all()?;
+            }
+        }
+        sync_directory(&self.directory)?;
+        match self.directory.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => sync_directory(parent),
+            _ => Ok(()),
+        }
+    }
+
+    fn sync_files(&self) -> io::Result<()> {
+        self.data.sync_all()?;
+        // Blocks are too small to become blobs; should sled make one after all, it counts too.
+        let blobs = self.directory.join("blobs");
+        let mut found = false;
+        for entry in fs::read_dir(&blobs)? {
+            found = true;
+            match File::open(entry?.path()) {
+                Ok(blob) => blob.sync_all()?,
+                // sled removes blobs when it pleases.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if found { sync_directory(&blobs) } else { Ok(()) }
+    }
+}
+
+impl BlockStore for SledStore {
+    fn read(&self, key: &[u8], into: &mut Vec<u8>) -> Result<bool, StoreError> {
+        let value = guarded("read from sled", || self.database.get(key))?;
+        if let Some(value) = &value {
+            into.extend_from_slice(value);
+        }
+        Ok(value.is_some())
+    }
+
+    fn insert(&self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        guarded("write to sled", || self.database.insert(key, value)).map(drop)
+    }
+
+    fn remove(&self, key: &[u8]) -> Result<(), StoreError> {
+        guarded("remove from sled", || self.database.remove(key)).map(drop)
+    }
+
+    fn keys(&self, range: Range<&[u8]>, limit: usize) -> Result<Vec<Vec<u8>>, StoreError> {
+        guarded("list the keys of sled", || {
+            let keys = self.database.range(range).keys().take(limit);
+            keys.map(|key| key.map(|key| key.to_vec())).collect()
+        })
+    }
+
+    fn sync(&self) -> Result<(), StoreError> {
+        guarded("flush sled", || self.database.flush())?;
+        self.sync_files().map_err(|error| StoreError::new("sync sled's files", error))
+    }
+
+    fn disk_bytes(&self) -> u64 {
+        directory_bytes(&self.directory)
+    }
+}
+
+/// Calls into sled, and makes an error of a panic.
+fn guarded<T>(
+    action: &'static str,
+    call: impl FnOnce() -> sled::Result<T>,
+) -> Result<T, StoreError> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|error| StoreError::new(action, error)),
+        Err(panic) => Err(StoreError::new(action, panic_message(panic.as_ref()))),
+    }
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    format!("panic: {}", text.unwrap_or_default())
+}
+
+fn open_database(directory: &Path, cache_bytes: u64) -> Result<sled::Db, SledError> {
+    let configuration = || {
+        sled::Config::new()
+            .path(directory)
+            .cache_capacity(cache_bytes.max(1024 * 1024))
+            .flush_every_ms(None)
+            .use_compression(false)
+            .mode(sled::Mode::HighThroughput)
+    };
+    for _ in 0..LOCK_TRIES {
+        let opened = catch_unwind(AssertUnwindSafe(|| configuration().open()));
+        match opened {
+            Ok(Ok(database)) => return Ok(database),
+            Ok(Err(sled::Error::Io(error))) if is_lock(&error) => std::thread::sleep(LOCK_PAUSE),
+            Ok(Err(sled::Error::Io(error))) if is_outside(&error) => {
+                return Err(SledError::Io(error));
+            }
+            Ok(Err(error)) => return Err(SledError::Unusable(error.to_string())),
+            Err(panic) => return Err(SledError::Unusable(panic_message(panic.as_ref()))),
+        }
+    }
+    Err(SledError::Io(io::Error::new(io::ErrorKind::WouldBlock, "another process has sled open")))
+}
+
+/// Whether sled complains that somebody holds its lock; it says so in words only.
+fn is_lock(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::Other && error.to_string().contains("could not acquire lock")
+}
+
+/// Whether the trouble lies outside what is stored, so that setting it aside would be wrong.
+fn is_outside(error: &io::Error) -> bool {
+    use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    matches!(
+        error.kind(),
+        PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull
+    )
+}
+
+fn remove_unfinished_indexes(directory: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with("snap.") && name.ends_with(".generating") {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of all files, as far as they can be told: files come and go while this looks.
+fn directory_bytes(directory: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(directory) else { return 0 };
+    let mut bytes = 0;
+    for entry in entries.flatten() {
+        bytes += match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => directory_bytes(&entry.path()),
+            Ok(metadata) => metadata.len(),
+            Err(_) => 0,
+        };
+    }
+    bytes
+}
