@@ -1,5 +1,6 @@
 //! What goes into the state machine and what comes out: commands, queries, replies, changes.
 
+use std::borrow::Borrow;
 use std::fmt;
 use std::sync::Arc;
 
@@ -23,6 +24,13 @@ impl fmt::Display for Revision {
 /// A namespace's name; validated by the service layer.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Namespace(pub Arc<str>);
+
+/// So that a map can be asked for a name that nobody owns.
+impl Borrow<str> for Namespace {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
 
 impl fmt::Display for Namespace {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -1,7 +1,230 @@
-//! The core.
+//! The core: the session store as a pure, total, deterministic state machine, in memory.
+//!
+//! Every node feeds the same entries, in the same order, to a [`State`] of its own and arrives at
+//! the same state, the same replies and the same changes. So nothing in here may depend on anything
+//! but the entries: there is no clock, no randomness, no iteration in hash order, no I/O and
+//! nothing asynchronous. [`State::apply`] cannot fail either. A command that asks for what cannot
+//! be done is refused with a [`Rejection`], on every node alike; only bytes that do not decode are
+//! an error, and they are turned away by `codec` before they come here.
+//!
+//! # An entry
+//!
+//! A log entry carries a [`Stamp`] and the commands that were queued together. The shell around
+//! the core calls [`State::advance`] with the stamp and [`State::apply`] with each command; for
+//! each it gets a [`Reply`] and, appended to its vector, the [`Change`]s. Those go on to the
+//! checkpoint, to watchers and to metrics; they share the records with the state.
+//!
+//! # Time
+//!
+//! Time is what stamps say. A record whose deadline has come is gone at once, for readers and
+//! commands alike, because both compare its deadline with the clock; removing it is work that can
+//! wait. It is done by `Tick`, in bounded steps, or by the first command that meets the record, and
+//! is an event of its own either way (`expiry`). Where there is no leader there are no stamps, so
+//! nothing can expire while nobody could have renewed it.
+//!
+//! # Where things are
+//!
+//! ```text
+//! command    what goes in and comes out          apply       what commands do to sessions
+//! time       clocks and timeouts                 expiry      deadlines and the sweep
+//! session    the record, the sliding deadline    query       reads
+//! tombstone  what remains of a session           codec       bytes ⇄ all of these
+//! retry      remembered requests                 restore     a state from its records
+//! records    all records and their indexes       digest      a digest of it all
+//! namespace  those of one namespace
+//! attributes, packing: how records are made small
+//! ```
+//!
+//! # Caveats
+//!
+//! A list steps over sessions that are due but have not been swept: right after a great many expired
+//! at once it takes longer. The default timeouts are the same for all namespaces, as there are no
+//! stored policies yet.
 
+mod apply;
+mod attributes;
+mod codec;
 mod command;
+mod digest;
+mod expiry;
+mod namespace;
+mod packing;
+mod query;
+mod records;
+mod restore;
+mod retry;
+mod session;
 mod time;
+mod tombstone;
 
+#[cfg(test)]
+mod model_test;
+#[cfg(test)]
+mod script_test;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+pub use attributes::Attributes;
+pub use codec::*;
 pub use command::*;
+pub use digest::StateDigest;
+pub use namespace::NamespacePolicy;
+pub use restore::{Restore, StateHeader};
+pub use session::{Session, TOUCH_GRANULARITY_MAX, TouchNeed, touch_granularity};
 pub use time::*;
+pub use tombstone::Tombstone;
+
+use records::Records;
+
+/// What this build understands. Entries and checkpoints say what it takes to understand them; a
+/// node that meets a higher level than its own must halt rather than diverge.
+pub const FEATURE_LEVEL: u32 = 1;
+
+/// The replicated state.
+///
+/// - The clock never goes back, and nothing but `advance` moves it.
+/// - The revision is raised by one by every command that changes anything, by every sweep step that
+///   removes anything, and by every expiry of a record that a command meets; all changes of one
+///   revision come out of one call of `apply`.
+/// - A command that is refused changes nothing, except that what it met may have expired before.
+/// - States that were fed the same entries are equal, and so is one that was restored from another's
+///   header and records: it answers everything alike from then on.
+/// - No call does work in proportion to the number of records, except reading them all.
+#[derive(Debug, Default)]
+pub struct State {
+    clock: Stamp,
+    revision: Revision,
+    records: Records,
+    policy: NamespacePolicy,
+    /// Where session bodies are put together; kept for its allocation only.
+    scratch: Vec<u8>,
+}
+
+impl State {
+    /// An empty state, at revision and time zero.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Begins an entry: moves each clock forward to the stamp, never back. Whatever is due then is
+    /// gone for every reader and every command at once, swept or not.
+    pub fn advance(&mut self, stamp: Stamp) {
+        self.clock = self.clock.max(stamp);
+    }
+
+    /// Applies one command at the current clock, and appends what it changed to `changes`, in order
+    /// of revision. `resend` says that this may not be the first sending of it.
+    ///
+    /// Total and deterministic: what cannot be done is answered with a `Rejection`.
+    pub fn apply(&mut self, command: &Command, resend: bool, changes: &mut Vec<Change>) -> Reply {
+        let answer = match command {
+            Command::CreateSession { .. } => self.create_session(command, resend, changes),
+            Command::UpdateSession { .. } => self.update_session(command, resend, changes),
+            Command::TouchSession { request, key } => self.touch_session(request, key, changes),
+            Command::DeleteSession { request, key, expected_version } => {
+                self.delete_session(request, key, *expected_version, resend, changes)
+            }
+            Command::Tick => Ok(self.sweep(changes)),
+        };
+        answer.unwrap_or_else(|rejection| self.reject(rejection))
+    }
+
+    /// The answer to a command that did not decode.
+    pub fn reject_malformed(&self) -> Reply {
+        self.reject(Rejection::MalformedCommand)
+    }
+
+    /// The latest stamp.
+    pub fn clock(&self) -> Stamp {
+        self.clock
+    }
+
+    /// The revision of the last change.
+    pub fn revision(&self) -> Revision {
+        self.revision
+    }
+
+    /// How many sessions are stored, including those that are due and have not been swept.
+    pub fn sessions(&self) -> u64 {
+        self.records.sessions()
+    }
+
+    /// How many tombstones are stored, including those that are due and have not been swept.
+    pub fn tombstones(&self) -> u64 {
+        self.records.tombstones()
+    }
+
+    /// Digest of revision and records. Costs nothing: it is kept up to date.
+    pub fn digest(&self) -> StateDigest {
+        digest::of_state(self.revision, self.records.sum())
+    }
+
+    /// What the state is besides its records, encoded: see [`StateHeader::decode`].
+    pub fn header(&self) -> Bytes {
+        self.state_header().encode()
+    }
+
+    fn state_header(&self) -> StateHeader {
+        StateHeader {
+            feature_level: FEATURE_LEVEL,
+            clock: self.clock,
+            revision: self.revision,
+            sum: self.records.sum(),
+            records: self.records.sessions() + self.records.tombstones(),
+        }
+    }
+
+    /// All records, by namespace, kind and digest.
+    pub fn records(&self) -> impl Iterator<Item = (RecordKey, Record)> {
+        self.records.iter()
+    }
+
+    fn reject(&self, rejection: Rejection) -> Reply {
+        Reply { revision: self.revision, outcome: Outcome::Rejected(rejection) }
+    }
+
+    /// The revision of the next change.
+    fn next_revision(&self) -> Revision {
+        Revision(self.revision.0 + 1)
+    }
+
+    /// Puts a session in its place, at the current revision.
+    fn put_session(
+        &mut self,
+        key: &SessionKey,
+        after: Option<Session>,
+        cause: Cause,
+        changes: &mut Vec<Change>,
+    ) {
+        let after = after.map(Arc::new);
+        let before = self.records.replace_session(key, after.clone());
+        changes.push(Change {
+            revision: self.revision,
+            key: RecordKey::Session(self.records.shared_key(key)),
+            before: before.map(Record::Session),
+            after: after.map(Record::Session),
+            cause,
+        });
+    }
+
+    /// The same for a tombstone.
+    fn put_tombstone(
+        &mut self,
+        key: &SessionKey,
+        after: Option<Tombstone>,
+        cause: Cause,
+        changes: &mut Vec<Change>,
+    ) {
+        let after = after.map(Arc::new);
+        let before = self.records.replace_tombstone(key, after.clone());
+        changes.push(Change {
+            revision: self.revision,
+            key: RecordKey::Tombstone(self.records.shared_key(key)),
+            before: before.map(Record::Tombstone),
+            after: after.map(Record::Tombstone),
+            cause,
+        });
+    }
+}

@@ -1,0 +1,471 @@
+//! Bytes ⇄ commands, entries, replies and records: the only place that knows `quorate.stored.v1`.
+//!
+//! A command is encoded once, by the node that accepted it; the same bytes go over the wire, into
+//! the log of every node and into apply, where they are sliced rather than copied. What is stored
+//! may be read by a later build, so fields are added and never reused, and golden bytes in the
+//! tests stand guard.
+//!
+//! Whatever comes in here came from a disk or a wire. It is checked, and what does not fit is an
+//! error, never a panic. Attributes of a command are left as they are: that they are in order is
+//! for `apply` to check, which refuses them on every node alike.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use prost::Message as _;
+
+use super::FEATURE_LEVEL;
+use super::attributes::is_well_formed;
+use super::command::{
+    Attribute, Command, Digest, Namespace, Outcome, Record, RecordKey, Rejection, Reply, Request,
+    Revision, SessionKey,
+};
+use super::digest::{SESSION, TOMBSTONE};
+use super::restore::StateHeader;
+use super::retry::{Remembered, Requests};
+use super::session::{Facts, Head, Session, packed_timeout, unpacked_timeout};
+use super::time::{Stamp, Timeout, Timestamp};
+use super::tombstone::Tombstone;
+use crate::proto::stored;
+use crate::proto::stored::command::Body;
+use stored::Reason;
+
+/// Why bytes are not what they should be.
+#[derive(Debug, thiserror::Error)]
+pub enum CodecError {
+    /// They are not a message of the expected kind.
+    #[error("not a stored message: {0}")]
+    Message(#[from] prost::DecodeError),
+    /// They are, but a field is missing or makes no sense.
+    #[error("stored message is malformed: {0}")]
+    Malformed(&'static str),
+    /// They were written by a build that knew more than this one.
+    #[error("feature level {found} is needed, this build has {known}", known = FEATURE_LEVEL)]
+    FeatureLevel {
+        /// The level that it takes to understand them.
+        found: u32,
+    },
+    /// Records and header do not belong together.
+    #[error("state is damaged: {what} is {found:x}, and the header says {expected:x}")]
+    Mismatch {
+        /// What was compared.
+        what: &'static str,
+        /// As in the records.
+        found: u64,
+        /// As in the header.
+        expected: u64,
+    },
+}
+
+use CodecError::Malformed;
+
+/// The payload of one log entry: a stamp, and the commands that were queued together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The leader's time.
+    pub stamp: Stamp,
+    /// A node whose own `FEATURE_LEVEL` is lower must halt.
+    pub feature_level: u32,
+    /// In the order in which they are applied.
+    pub proposals: Vec<Proposal>,
+}
+
+/// A command on its way through the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Proposal {
+    /// An encoded command.
+    pub command: Bytes,
+    /// Whether this may not be the first sending of it.
+    pub resend: bool,
+}
+
+/// Encodes a log entry, copying each command once.
+pub fn encode_entry(stamp: Stamp, proposals: &[Proposal]) -> Bytes {
+    let each = |proposal: &Proposal| stored::Proposal {
+        command: proposal.command.clone(),
+        resend: proposal.resend,
+    };
+    let entry = stored::Entry {
+        time: stamp.time.0,
+        steady: stamp.steady.0,
+        feature_level: FEATURE_LEVEL,
+        proposals: proposals.iter().map(each).collect(),
+    };
+    entry.encode_to_vec().into()
+}
+
+/// Decodes a log entry; its commands are slices of `bytes`. The feature level is for the caller to
+/// look at.
+///
+/// Errors: the bytes are no entry.
+pub fn decode_entry(bytes: Bytes) -> Result<Entry, CodecError> {
+    let entry = stored::Entry::decode(bytes)?;
+    let stamp = Stamp { time: Timestamp(entry.time), steady: Timestamp(entry.steady) };
+    let each = |proposal: stored::Proposal| Proposal {
+        command: proposal.command,
+        resend: proposal.resend,
+    };
+    let proposals = entry.proposals.into_iter().map(each).collect();
+    Ok(Entry { stamp, feature_level: entry.feature_level, proposals })
+}
+
+/// Encodes a command.
+pub fn encode_command(command: &Command) -> Bytes {
+    let (request, key, body) = match command {
+        Command::CreateSession {
+            request,
+            key,
+            principal,
+            attributes,
+            idle_timeout,
+            absolute_timeout,
+        } => {
+            let body = stored::CreateSession {
+                digest: stored_digest(key),
+                principal: principal.as_deref().unwrap_or_default().into(),
+                attributes: stored_attributes(attributes),
+                idle_timeout: idle_timeout.map(stored_timeout),
+                absolute_timeout: absolute_timeout.map(stored_timeout),
+            };
+            (request, key, Body::CreateSession(body))
+        }
+        Command::UpdateSession {
+            request,
+            key,
+            set,
+            remove,
+            expected_version,
+            principal,
+            idle_timeout,
+        } => {
+            let name = |name: &Option<Arc<str>>| name.as_deref().unwrap_or_default().into();
+            let body = stored::UpdateSession {
+                digest: stored_digest(key),
+                set: stored_attributes(set),
+                remove: remove.clone(),
+                expected_version: expected_version.map(|version| version.0),
+                principal: principal.as_ref().map(name),
+                idle_timeout: idle_timeout.map(stored_timeout),
+            };
+            (request, key, Body::UpdateSession(body))
+        }
+        Command::TouchSession { request, key } => {
+            (request, key, Body::TouchSession(stored::TouchSession { digest: stored_digest(key) }))
+        }
+        Command::DeleteSession { request, key, expected_version } => {
+            let body = stored::DeleteSession {
+                digest: stored_digest(key),
+                expected_version: expected_version.map(|version| version.0),
+            };
+            (request, key, Body::DeleteSession(body))
+        }
+        Command::Tick => {
+            let tick = Some(Body::Tick(stored::Tick {}));
+            return stored::Command { body: tick, ..Default::default() }.encode_to_vec().into();
+        }
+    };
+    let Request { id, first_sent, expires } = *request;
+    let request = stored::Request { id, first_sent: first_sent.0, expires: expires.0 };
+    let namespace = key.namespace.0.to_string();
+    let command = stored::Command { request: Some(request), namespace, body: Some(body) };
+    command.encode_to_vec().into()
+}
+
+/// Decodes a command; the values of its attributes are slices of `bytes`.
+///
+/// Errors: the bytes are no command that this build knows. Such a proposal is answered with
+/// `State::reject_malformed`.
+pub fn decode_command(bytes: Bytes) -> Result<Command, CodecError> {
+    let stored::Command { request, namespace, body } = stored::Command::decode(bytes)?;
+    let body = body.ok_or(Malformed("a command without a body"))?;
+    if let Body::Tick(_) = body {
+        return Ok(Command::Tick);
+    }
+    let stored::Request { id, first_sent, expires } =
+        request.ok_or(Malformed("a command without a request"))?;
+    let (first_sent, expires) = (Timestamp(first_sent), Timestamp(expires));
+    let request = Request { id, first_sent, expires };
+    let key = |digest: Bytes| {
+        let digest = digest.as_ref().try_into();
+        let digest = Digest(digest.map_err(|_| Malformed("a digest not of 16 bytes"))?);
+        Ok::<_, CodecError>(SessionKey { namespace: Namespace(Arc::from(namespace)), digest })
+    };
+    Ok(match body {
+        Body::CreateSession(body) => Command::CreateSession {
+            request,
+            key: key(body.digest)?,
+            principal: principal(&body.principal),
+            attributes: attributes(body.attributes),
+            idle_timeout: body.idle_timeout.map(timeout),
+            absolute_timeout: body.absolute_timeout.map(timeout),
+        },
+        Body::UpdateSession(body) => Command::UpdateSession {
+            request,
+            key: key(body.digest)?,
+            set: attributes(body.set),
+            remove: body.remove,
+            expected_version: body.expected_version.map(Revision),
+            principal: body.principal.as_deref().map(principal),
+            idle_timeout: body.idle_timeout.map(timeout),
+        },
+        Body::TouchSession(body) => Command::TouchSession { request, key: key(body.digest)? },
+        Body::DeleteSession(body) => Command::DeleteSession {
+            request,
+            key: key(body.digest)?,
+            expected_version: body.expected_version.map(Revision),
+        },
+        Body::Tick(_) => Command::Tick,
+    })
+}
+
+/// Encodes a reply.
+pub fn encode_reply(reply: &Reply) -> Bytes {
+    let outcome = match reply.outcome {
+        Outcome::Written { version, deadline } => {
+            let deadline = deadline.map(|deadline| deadline.0);
+            stored::reply::Outcome::Written(stored::Written { version: version.0, deadline })
+        }
+        Outcome::Rejected(rejection) => {
+            let (reason, detail) = match rejection {
+                Rejection::SessionNotFound => (Reason::SessionNotFound, 0),
+                Rejection::SessionExists => (Reason::SessionExists, 0),
+                Rejection::SessionIdRetired => (Reason::SessionIdRetired, 0),
+                Rejection::VersionMismatch(version) => (Reason::VersionMismatch, version.0),
+                Rejection::RequestExpired => (Reason::RequestExpired, 0),
+                Rejection::RequestLifetimeTooLong => (Reason::RequestLifetimeTooLong, 0),
+                Rejection::OutcomeUnknown => (Reason::OutcomeUnknown, 0),
+                Rejection::SessionTooLarge(bytes) => (Reason::SessionTooLarge, bytes),
+                Rejection::TooManyAttributes(count) => (Reason::TooManyAttributes, count),
+                Rejection::MalformedCommand => (Reason::MalformedCommand, 0),
+            };
+            let reason = reason.into();
+            stored::reply::Outcome::Rejection(stored::Rejection { reason, detail })
+        }
+    };
+    let reply = stored::Reply { revision: reply.revision.0, outcome: Some(outcome) };
+    reply.encode_to_vec().into()
+}
+
+/// Decodes a reply.
+///
+/// Errors: the bytes are no reply, or one that this build does not know.
+pub fn decode_reply(bytes: &[u8]) -> Result<Reply, CodecError> {
+    let reply = stored::Reply::decode(bytes)?;
+    let revision = Revision(reply.revision);
+    let outcome = match reply.outcome.ok_or(Malformed("a reply without an outcome"))? {
+        stored::reply::Outcome::Written(stored::Written { version, deadline }) => {
+            let (version, deadline) = (Revision(version), deadline.map(Timestamp));
+            Outcome::Written { version, deadline }
+        }
+        stored::reply::Outcome::Rejection(stored::Rejection { reason, detail }) => {
+            let unknown = Malformed("a rejection for an unknown reason");
+            let reason = Reason::try_from(reason).map_err(|_| unknown)?;
+            Outcome::Rejected(match reason {
+                Reason::Unspecified => return Err(Malformed("a rejection without a reason")),
+                Reason::SessionNotFound => Rejection::SessionNotFound,
+                Reason::SessionExists => Rejection::SessionExists,
+                Reason::SessionIdRetired => Rejection::SessionIdRetired,
+                Reason::VersionMismatch => Rejection::VersionMismatch(Revision(detail)),
+                Reason::RequestExpired => Rejection::RequestExpired,
+                Reason::RequestLifetimeTooLong => Rejection::RequestLifetimeTooLong,
+                Reason::OutcomeUnknown => Rejection::OutcomeUnknown,
+                Reason::SessionTooLarge => Rejection::SessionTooLarge(detail),
+                Reason::TooManyAttributes => Rejection::TooManyAttributes(detail),
+                Reason::MalformedCommand => Rejection::MalformedCommand,
+            })
+        }
+    };
+    Ok(Reply { revision, outcome })
+}
+
+/// Encodes the key of a record: a byte for its kind, the namespace, and the digest, whose length is
+/// fixed. Different records have different keys.
+pub fn encode_key(key: &RecordKey) -> Bytes {
+    let (kind, SessionKey { namespace, digest }) = match key {
+        RecordKey::Session(key) => (SESSION, key),
+        RecordKey::Tombstone(key) => (TOMBSTONE, key),
+    };
+    [&[kind][..], namespace.0.as_bytes(), &digest.0].concat().into()
+}
+
+/// Takes the key of a record apart: its kind, namespace and digest.
+pub(super) fn split_key(key: &[u8]) -> Result<(u8, &str, Digest), CodecError> {
+    let (kind, rest) = key.split_first().ok_or(Malformed("an empty key"))?;
+    let (namespace, digest) =
+        rest.split_last_chunk().ok_or(Malformed("a key that is too short"))?;
+    let namespace =
+        std::str::from_utf8(namespace).map_err(|_| Malformed("a namespace not of UTF-8"))?;
+    Ok((*kind, namespace, Digest(*digest)))
+}
+
+/// Decodes the key of a record.
+///
+/// Errors: the bytes are no key, or one of a kind that this build does not know.
+pub fn decode_key(key: &[u8]) -> Result<RecordKey, CodecError> {
+    let (kind, namespace, digest) = split_key(key)?;
+    let key = SessionKey { namespace: Namespace(Arc::from(namespace)), digest };
+    match kind {
+        SESSION => Ok(RecordKey::Session(key)),
+        TOMBSTONE => Ok(RecordKey::Tombstone(key)),
+        _ => Err(Malformed("a key of an unknown kind")),
+    }
+}
+
+/// Appends an encoded record to `out`.
+pub fn encode_record(record: &Record, out: &mut Vec<u8>) {
+    let record = match record {
+        Record::Session(session) => stored::record::Record::Session(stored_session(session)),
+        Record::Tombstone(tombstone) => {
+            let requests = tombstone.requests();
+            let tombstone = stored::TombstoneRecord {
+                removed_time: tombstone.removed_time().0,
+                recent: stored_requests(&requests),
+                forgotten: requests.forgotten().0,
+            };
+            stored::record::Record::Tombstone(tombstone)
+        }
+    };
+    let record = stored::Record { record: Some(record) };
+    record.encode(out).expect("a vector grows as needed");
+}
+
+/// Decodes the record of `key`.
+///
+/// Errors: the bytes are no record of that kind.
+pub fn decode_record(key: &RecordKey, bytes: &[u8]) -> Result<Record, CodecError> {
+    let record = stored::Record::decode(bytes)?.record;
+    match (key, record.ok_or(Malformed("an empty record"))?) {
+        (RecordKey::Session(key), stored::record::Record::Session(session)) => {
+            Ok(Record::Session(Arc::new(session_of(key, session)?)))
+        }
+        (RecordKey::Tombstone(key), stored::record::Record::Tombstone(tombstone)) => {
+            let requests = requests(&tombstone.recent, tombstone.forgotten)?;
+            let removed_time = Timestamp(tombstone.removed_time);
+            Ok(Record::Tombstone(Arc::new(Tombstone::new(key, removed_time, &requests))))
+        }
+        _ => Err(Malformed("a record of another kind than its key")),
+    }
+}
+
+pub(super) fn encode_header(header: &StateHeader) -> Bytes {
+    let header = stored::StateHeader {
+        feature_level: header.feature_level,
+        clock: header.clock.time.0,
+        steady: header.clock.steady.0,
+        revision: header.revision.0,
+        digest: header.sum,
+        records: header.records,
+    };
+    header.encode_to_vec().into()
+}
+
+pub(super) fn decode_header(bytes: &[u8]) -> Result<StateHeader, CodecError> {
+    let header = stored::StateHeader::decode(bytes)?;
+    if header.feature_level > FEATURE_LEVEL {
+        return Err(CodecError::FeatureLevel { found: header.feature_level });
+    }
+    if header.feature_level == 0 {
+        return Err(Malformed("a state without a feature level"));
+    }
+    Ok(StateHeader {
+        feature_level: header.feature_level,
+        clock: Stamp { time: Timestamp(header.clock), steady: Timestamp(header.steady) },
+        revision: Revision(header.revision),
+        sum: header.digest,
+        records: header.records,
+    })
+}
+
+fn stored_session(session: &Session) -> stored::SessionRecord {
+    let (facts, attributes) = session.split();
+    let attribute = |(name, value): (&str, &[u8])| stored::Attribute {
+        name: name.to_string(),
+        value: Bytes::copy_from_slice(value),
+    };
+    stored::SessionRecord {
+        principal: facts.principal.unwrap_or_default().to_string(),
+        attributes: attributes.map(attribute).collect(),
+        version: session.version().0,
+        created_revision: facts.created_revision.0,
+        create_time: facts.create_time.0,
+        last_access_time: session.last_access_time().0,
+        idle_timeout: packed_timeout(facts.idle_timeout),
+        absolute_timeout: packed_timeout(facts.absolute_timeout),
+        deadline: session.deadline().map_or(0, |deadline| deadline.0),
+        recent: stored_requests(&facts.requests),
+        forgotten: facts.requests.forgotten().0,
+    }
+}
+
+fn session_of(key: &SessionKey, session: stored::SessionRecord) -> Result<Session, CodecError> {
+    let attributes = attributes(session.attributes);
+    if !is_well_formed(&attributes, &[]) {
+        return Err(Malformed("a session whose attributes are not in order"));
+    }
+    let facts = Facts {
+        create_time: Timestamp(session.create_time),
+        created_revision: Revision(session.created_revision),
+        idle_timeout: unpacked_timeout(session.idle_timeout),
+        absolute_timeout: unpacked_timeout(session.absolute_timeout),
+        principal: Some(session.principal.as_str()),
+        requests: requests(&session.recent, session.forgotten)?,
+    };
+    let head = Head {
+        version: Revision(session.version),
+        deadline: Some(Timestamp(session.deadline)).filter(|deadline| *deadline > Timestamp(0)),
+        last_access_time: Timestamp(session.last_access_time),
+    };
+    Ok(Session::new(key, head, facts.pack_new(&attributes)))
+}
+
+fn stored_requests(requests: &Requests) -> Vec<stored::Remembered> {
+    let each = |remembered: &Remembered| stored::Remembered {
+        id: remembered.id,
+        first_sent: remembered.first_sent.0,
+        expires: remembered.expires.0,
+        revision: remembered.revision.0,
+    };
+    requests.recent().iter().map(each).collect()
+}
+
+fn requests(recent: &[stored::Remembered], forgotten: u64) -> Result<Requests, CodecError> {
+    let each = |remembered: &stored::Remembered| Remembered {
+        id: remembered.id,
+        first_sent: Timestamp(remembered.first_sent),
+        expires: Timestamp(remembered.expires),
+        revision: Revision(remembered.revision),
+    };
+    let requests = Requests::restore(recent.iter().map(each), Timestamp(forgotten));
+    requests.ok_or(Malformed("a record that remembers too many requests"))
+}
+
+fn stored_digest(key: &SessionKey) -> Bytes {
+    Bytes::copy_from_slice(&key.digest.0)
+}
+
+fn stored_attributes(attributes: &[Attribute]) -> Vec<stored::Attribute> {
+    let each = |attribute: &Attribute| stored::Attribute {
+        name: attribute.name.clone(),
+        value: attribute.value.clone(),
+    };
+    attributes.iter().map(each).collect()
+}
+
+fn attributes(attributes: Vec<stored::Attribute>) -> Vec<Attribute> {
+    let each = |stored::Attribute { name, value }| Attribute { name, value };
+    attributes.into_iter().map(each).collect()
+}
+
+fn principal(name: &str) -> Option<Arc<str>> {
+    Some(name).filter(|name| !name.is_empty()).map(Arc::from)
+}
+
+fn stored_timeout(timeout: Timeout) -> stored::Timeout {
+    let after = Some(packed_timeout(timeout)).filter(|length| *length > 0);
+    stored::Timeout { after }
+}
+
+fn timeout(timeout: stored::Timeout) -> Timeout {
+    // An absent length is never; one of zero would be the shortest there is.
+    timeout.after.map_or(Timeout::Never, |length| unpacked_timeout(length.max(1)))
+}

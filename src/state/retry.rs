@@ -1,0 +1,162 @@
+//! Requests that a record remembers, so that a retry is safe.
+//!
+//! A client whose reply was lost sends its request again, perhaps to another node, perhaps after
+//! another leader took over. Whether the first sending was applied is known to the record that it
+//! would have changed, and only there: a session keeps the last few requests that changed it, each
+//! with the revision of the change, and its tombstone inherits them. There is no table beside the
+//! records that could grow, or be forgotten in a snapshot.
+//!
+//! A request says when it was first sent and when it expires, at most a minute later. One that has
+//! expired is refused, so it need not be remembered any longer. If more requests change a record
+//! within their lifetime than it can remember, the oldest is forgotten and the `forgotten` mark
+//! rises to the time at which it was first sent. A resend that is not remembered was then either
+//! never applied, or forgotten; where its own time is at or before the mark we cannot tell, and say
+//! so.
+//!
+//! Only what was applied is remembered. A request that was refused may be refused again or, when
+//! the state has moved on, be applied by its resend: once, in any case.
+
+use super::command::{Rejection, Request, Revision};
+use super::packing::{Reader, put_varint};
+use super::time::Timestamp;
+use crate::limits::{REMEMBERED_REQUESTS_MAX, REQUEST_LIFETIME_MAX};
+
+impl Request {
+    /// Refuses a request whose time is over, or which would have to be remembered for longer than
+    /// anything is.
+    pub(super) fn check(&self, clock: Timestamp) -> Result<(), Rejection> {
+        // One that expires before it was sent comes from a clock that is far ahead. It must not
+        // get to raise a record's mark into the future.
+        if clock > self.expires || self.first_sent > self.expires {
+            return Err(Rejection::RequestExpired);
+        }
+        // Both bounds are needed: the first keeps it from being remembered for too long, the
+        // second from outliving the tombstone of what it created.
+        let latest = clock.min(self.first_sent).plus(REQUEST_LIFETIME_MAX);
+        if self.expires > latest {
+            return Err(Rejection::RequestLifetimeTooLong);
+        }
+        Ok(())
+    }
+}
+
+/// A request that changed a record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Remembered {
+    pub(super) id: u64,
+    pub(super) first_sent: Timestamp,
+    pub(super) expires: Timestamp,
+    /// The revision of the change.
+    pub(super) revision: Revision,
+}
+
+/// What a record remembers.
+///
+/// - At most `REMEMBERED_REQUESTS_MAX`, in the order in which they were applied.
+/// - A request that was applied to the record and can still come is among them, or was first sent
+///   at or before `forgotten`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Requests {
+    recent: [Remembered; REMEMBERED_REQUESTS_MAX],
+    length: usize,
+    /// Zero if nothing was forgotten before its time.
+    forgotten: Timestamp,
+}
+
+impl Requests {
+    pub(super) fn recent(&self) -> &[Remembered] {
+        &self.recent[..self.length]
+    }
+
+    pub(super) fn forgotten(&self) -> Timestamp {
+        self.forgotten
+    }
+
+    /// Makes what was stored; `None` if it is more than can be remembered.
+    pub(super) fn restore(
+        recent: impl Iterator<Item = Remembered>,
+        forgotten: Timestamp,
+    ) -> Option<Self> {
+        let mut requests = Self { forgotten, ..Self::default() };
+        for remembered in recent {
+            *requests.recent.get_mut(requests.length)? = remembered;
+            requests.length += 1;
+        }
+        Some(requests)
+    }
+
+    /// Judges a request by what is remembered: `Some` with the revision of its change if it was
+    /// applied, `None` if it was not.
+    ///
+    /// Errors: `OutcomeUnknown` for a resend that may have been applied and forgotten.
+    pub(super) fn judge(
+        &self,
+        request: &Request,
+        resend: bool,
+    ) -> Result<Option<Revision>, Rejection> {
+        let same = |remembered: &&Remembered| remembered.id == request.id;
+        if let Some(remembered) = self.recent().iter().find(same) {
+            return Ok(Some(remembered.revision));
+        }
+        let may_be_forgotten =
+            self.forgotten > Timestamp(0) && request.first_sent <= self.forgotten;
+        if resend && may_be_forgotten {
+            return Err(Rejection::OutcomeUnknown);
+        }
+        Ok(None)
+    }
+
+    /// Remembers a request that was applied at `revision`.
+    pub(super) fn remember(&mut self, request: &Request, revision: Revision, clock: Timestamp) {
+        self.drop_expired(clock);
+        if self.length == REMEMBERED_REQUESTS_MAX {
+            // A mark of zero means that there is none.
+            let first_sent = self.recent[0].first_sent.max(Timestamp(1));
+            self.forgotten = self.forgotten.max(first_sent);
+            self.recent.rotate_left(1);
+            self.length -= 1;
+        }
+        let Request { id, first_sent, expires } = *request;
+        self.recent[self.length] = Remembered { id, first_sent, expires, revision };
+        self.length += 1;
+    }
+
+    /// Drops those that can no longer come.
+    pub(super) fn drop_expired(&mut self, clock: Timestamp) {
+        let mut kept = 0;
+        for index in 0..self.length {
+            if self.recent[index].expires >= clock {
+                self.recent[kept] = self.recent[index];
+                kept += 1;
+            }
+        }
+        self.recent[kept..self.length].fill(Remembered::default());
+        self.length = kept;
+    }
+
+    pub(super) fn pack(&self, out: &mut Vec<u8>) {
+        put_varint(out, self.length as u64);
+        put_varint(out, self.forgotten.0);
+        for remembered in self.recent() {
+            out.extend_from_slice(&remembered.id.to_le_bytes());
+            put_varint(out, remembered.first_sent.0);
+            // A short lifetime is a short varint; wrapping, so that nothing is lost of any other.
+            put_varint(out, remembered.expires.0.wrapping_sub(remembered.first_sent.0));
+            put_varint(out, remembered.revision.0);
+        }
+    }
+
+    pub(super) fn unpack(packed: &mut Reader<'_>) -> Self {
+        let length = packed.varint() as usize;
+        let forgotten = Timestamp(packed.varint());
+        let mut requests = Self { length, forgotten, ..Self::default() };
+        for remembered in &mut requests.recent[..length] {
+            remembered.id = u64::from_le_bytes(packed.fixed());
+            remembered.first_sent = Timestamp(packed.varint());
+            let lifetime = packed.varint();
+            remembered.expires = Timestamp(remembered.first_sent.0.wrapping_add(lifetime));
+            remembered.revision = Revision(packed.varint());
+        }
+        requests
+    }
+}
