@@ -1,5 +1,11 @@
 //! Quorate: a Raft-replicated session store.
 
+#[cfg(feature = "server")]
+pub mod cli;
+#[cfg(feature = "client")]
+pub mod client;
+#[cfg(feature = "client")]
+pub mod clock;
 pub mod limits;
 pub mod proto;
 #[cfg(feature = "server")]
