@@ -234,8 +234,7 @@ impl Failure {
                 Self::Unknown(Error::DeadlineExceeded { message })
             }
             (Code::ResourceExhausted, _) => {
-                let error =
-                    Error::LimitExceeded { limit: named("limit"), reason: owned, message };
+                let error = Error::LimitExceeded { limit: named("limit"), reason: owned, message };
                 match delay {
                     Some(_) => Self::NotApplied { error, delay, elsewhere: false },
                     None => Self::Final(error),
@@ -308,7 +307,8 @@ mod tests {
                 if message == "said the server"
         ));
 
-        let error = pipeline_error(Code::InvalidArgument, "INVALID_NAME", &[("field", "principal")]);
+        let error =
+            pipeline_error(Code::InvalidArgument, "INVALID_NAME", &[("field", "principal")]);
         assert!(matches!(
             Failure::from_pipeline(error),
             Failure::Final(Error::InvalidArgument { field: Some(field), reason, .. })
@@ -345,8 +345,7 @@ mod tests {
 
     #[test]
     fn overload_is_retried_after_the_delay_that_the_server_names() {
-        let details =
-            tonic_types::ErrorDetails::with_retry_info(Some(Duration::from_millis(30)));
+        let details = tonic_types::ErrorDetails::with_retry_info(Some(Duration::from_millis(30)));
         let status = Status::with_error_details(Code::ResourceExhausted, "busy", details);
         assert!(matches!(
             Failure::from_status(&status),

@@ -22,15 +22,21 @@ const HANDLE_CHARS: usize = 32;
 pub struct SessionId(String);
 
 impl SessionId {
-    /// A new id: 256 bits from the operating system, in base64url without padding.
+    /// A new id: 256 bits from the operating system, in base64url without padding. It does not
+    /// begin with a dash (which costs 0.02 of those bits), so that a shell command can name it.
     ///
     /// # Errors
     ///
     /// When the operating system has no randomness to give.
     pub fn mint() -> Result<Self, Error> {
         let mut secret = [0; 32];
-        fill_random(&mut secret)?;
-        Ok(Self(URL_SAFE_NO_PAD.encode(secret)))
+        loop {
+            fill_random(&mut secret)?;
+            let id = URL_SAFE_NO_PAD.encode(secret);
+            if !id.starts_with('-') {
+                return Ok(Self(id));
+            }
+        }
     }
 
     /// An id that somebody else made: 16 to 128 characters of `A-Z a-z 0-9 - _ . ~ ! $ & ' * + ^ `

@@ -64,9 +64,10 @@ impl Pipeline {
         let call = grpc.streaming(Call::new(outbox), PathAndQuery::from_static(PATH), FrameCodec);
         let mut answers: Streaming<PipelineResponse> = call.await?.into_inner();
         let hello = match answers.message().await? {
-            Some(PipelineResponse { correlation_id: 0, response: Some(Response::Hello(hello)) }) => {
-                hello
-            }
+            Some(PipelineResponse {
+                correlation_id: 0,
+                response: Some(Response::Hello(hello)),
+            }) => hello,
             _ => return Err(Status::internal("the server did not say hello")),
         };
         tokio::spawn(Reader { shared, answers, alarm: Box::pin(tokio::time::sleep(ANSWER_GRACE)) });
@@ -239,7 +240,10 @@ impl Shared {
             return Ok(());
         }
         let slot = state.release_slot(message.correlation_id).ok_or_else(|| {
-            format!("the server answered a request that it was not sent: {}", message.correlation_id)
+            format!(
+                "the server answered a request that it was not sent: {}",
+                message.correlation_id
+            )
         })?;
         let crowded = std::mem::take(&mut state.crowded);
         drop(state);
