@@ -1,9 +1,9 @@
 //! Quorate: a Raft-replicated session store.
 
-#[cfg(feature = "client")]
-pub mod client;
 #[cfg(feature = "server")]
 pub mod cli;
+#[cfg(feature = "client")]
+pub mod client;
 #[cfg(feature = "client")]
 pub mod clock;
 pub mod limits;

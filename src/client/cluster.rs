@@ -1,0 +1,112 @@
+//! What an operator asks of the cluster and of single nodes.
+
+use std::time::Duration;
+
+use super::Client;
+use super::connection::{open_channel, timed};
+use super::error::{Error, Failure};
+use crate::proto::v1;
+use crate::proto::v1::cluster_service_client::ClusterServiceClient;
+
+/// A node of the cluster that is to be formed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewMember {
+    /// Its number; not 0.
+    pub node_id: u64,
+    /// `host:port` where the other nodes reach it.
+    pub peer_address: String,
+}
+
+impl Client {
+    /// Who leads, who belongs to the cluster and what time it is there, from whichever node
+    /// answers first; the answer is that node's view.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unavailable`] when no endpoint answers within the timeout.
+    pub async fn describe(&self) -> Result<v1::DescribeResponse, Error> {
+        let asking = async {
+            let connection = self.pool.connection().await?;
+            connection.describe(self.timeout).await.map_err(into_error)
+        };
+        within(self.timeout, asking).await
+    }
+
+    /// The state of the node at `endpoint` (`host:port`), and of no other.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unavailable`] when it does not answer within the timeout.
+    pub async fn status(&self, endpoint: &str) -> Result<v1::StatusResponse, Error> {
+        let asking = async {
+            let channel =
+                open_channel(endpoint, self.timeout).await.map_err(|error| error.at(endpoint))?;
+            let call = timed(v1::StatusRequest {}, self.timeout);
+            let answer = ClusterServiceClient::new(channel).status(call).await;
+            answer.map(tonic::Response::into_inner).map_err(|status| from_status(&status))
+        };
+        within(self.timeout, asking).await
+    }
+
+    /// Forms a cluster of nodes that were started without knowing of one another, by way of the
+    /// first endpoint that can be reached. Returns the new cluster's id.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with reason `ALREADY_INITIALIZED` when any of them has been part of a
+    /// cluster before; [`Error::Unavailable`] when no endpoint can be reached, and
+    /// [`Error::OutcomeUnknown`] when one could but did not answer.
+    pub async fn initialize(&self, members: Vec<NewMember>) -> Result<String, Error> {
+        let members = members.into_iter().map(|member| v1::Member {
+            node_id: member.node_id,
+            peer_address: member.peer_address,
+            ..v1::Member::default()
+        });
+        let request = v1::InitializeRequest { members: members.collect() };
+        let mut last = Error::unavailable("there is no endpoint");
+        for address in self.pool.addresses() {
+            match open_channel(&address, self.connect_timeout).await {
+                Ok(channel) => {
+                    let mut client = ClusterServiceClient::new(channel);
+                    // The server has its deadline; should it miss it, this is ours.
+                    let call = client.initialize(timed(request, self.timeout));
+                    let answered = tokio::time::timeout(self.timeout, call).await;
+                    let unknown = |message| Err(Error::OutcomeUnknown { message });
+                    return match answered {
+                        Ok(Ok(answer)) => Ok(answer.into_inner().cluster_id),
+                        Ok(Err(status)) => Err(match Failure::from_status(&status) {
+                            Failure::Unknown(error) => {
+                                Error::OutcomeUnknown { message: error.to_string() }
+                            }
+                            failure => into_error(failure),
+                        }),
+                        Err(_) => unknown(format!("{address} did not answer")),
+                    };
+                }
+                Err(error) => last = error.at(&address),
+            }
+        }
+        Err(last)
+    }
+}
+
+async fn within<T>(
+    timeout: Duration,
+    asking: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    let waited = |_| Err(Error::unavailable(format!("no answer within {timeout:?}")));
+    tokio::time::timeout(timeout, asking).await.unwrap_or_else(waited)
+}
+
+fn from_status(status: &tonic::Status) -> Error {
+    into_error(Failure::from_status(status))
+}
+
+fn into_error(failure: Failure) -> Error {
+    match failure {
+        Failure::Final(error)
+        | Failure::NotApplied { error, .. }
+        | Failure::NotSent(error)
+        | Failure::Unknown(error) => error,
+    }
+}

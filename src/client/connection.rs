@@ -1,0 +1,214 @@
+//! One connection to one node, and how it is made.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request as Call, Status};
+
+use super::error::{Error, Failure, transport_message};
+use super::pipeline::Pipeline;
+use super::{RESPONSE_BYTES_MAX, Transport};
+use crate::proto::v1::cluster_service_client::ClusterServiceClient;
+use crate::proto::v1::pipeline_request::Request;
+use crate::proto::v1::pipeline_response::Response;
+use crate::proto::v1::session_service_client::SessionServiceClient;
+use crate::proto::v1::{DescribeRequest, DescribeResponse};
+
+/// HTTP/2 windows: a stream of answers never waits for the client's permission to go on.
+const STREAM_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
+/// A peer that vanished without a word is noticed after the sum of these.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A node that has greeted us.
+pub(super) struct Connection {
+    /// As dialled.
+    pub(super) address: String,
+    /// As the node named itself.
+    pub(super) node_id: u64,
+    /// When it was made.
+    pub(super) since: Instant,
+    channel: Channel,
+    pipeline: Option<Pipeline>,
+    /// A unary connection that lost its peer; pipelines know by themselves.
+    lost: AtomicBool,
+}
+
+impl Connection {
+    /// Connects to `address` and learns what the node there knows, within `timeout`.
+    pub(super) async fn dial(
+        address: &str,
+        transport: Transport,
+        timeout: Duration,
+    ) -> Result<(Self, DescribeResponse), Error> {
+        let dialling = async {
+            let channel = open_channel(address, timeout).await?;
+            let (pipeline, hello) = match transport {
+                Transport::Pipeline => {
+                    let (pipeline, hello) = Pipeline::open(channel.clone()).await?;
+                    (Some(pipeline), hello)
+                }
+                Transport::Unary => (None, describe(channel.clone(), timeout).await?),
+            };
+            Ok::<_, DialError>((channel, pipeline, hello))
+        };
+        let dialled = tokio::time::timeout(timeout, dialling).await;
+        let (channel, pipeline, hello) = dialled
+            .unwrap_or_else(|_| {
+                let message = format!("no answer within {timeout:?}");
+                Err(DialError::Status(Status::deadline_exceeded(message)))
+            })
+            .map_err(|error| error.at(address))?;
+        let connection = Self {
+            address: address.to_owned(),
+            node_id: hello.node_id,
+            since: Instant::now(),
+            channel,
+            pipeline,
+            lost: AtomicBool::new(false),
+        };
+        Ok((connection, hello))
+    }
+
+    /// One attempt, of at most `timeout`.
+    pub(super) async fn call(
+        &self,
+        request: Arc<Request>,
+        timeout: Duration,
+    ) -> Result<Response, Failure> {
+        match &self.pipeline {
+            Some(pipeline) => pipeline.call(request, timeout).await,
+            None => self.call_unary(&request, timeout).await,
+        }
+    }
+
+    /// Whether no call can succeed on it any more.
+    pub(super) fn is_closed(&self) -> bool {
+        match &self.pipeline {
+            Some(pipeline) => pipeline.is_closed(),
+            None => self.lost.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Asks the node what it knows now.
+    pub(super) async fn describe(&self, timeout: Duration) -> Result<DescribeResponse, Failure> {
+        let described = describe(self.channel.clone(), timeout);
+        match tokio::time::timeout(timeout, described).await {
+            Ok(Ok(described)) => Ok(described),
+            Ok(Err(status)) => Err(Failure::from_status(&status)),
+            Err(_) => Err(Failure::Unknown(Error::DeadlineExceeded {
+                message: format!("{} did not answer", self.address),
+            })),
+        }
+    }
+
+    async fn call_unary(&self, request: &Request, timeout: Duration) -> Result<Response, Failure> {
+        let mut client = SessionServiceClient::new(self.channel.clone())
+            .max_decoding_message_size(RESPONSE_BYTES_MAX);
+        let calling = async {
+            Ok(match request {
+                Request::CreateSession(request) => {
+                    let call = timed(request.clone(), timeout);
+                    Response::CreateSession(client.create_session(call).await?.into_inner())
+                }
+                Request::GetSession(request) => {
+                    let call = timed(request.clone(), timeout);
+                    Response::GetSession(client.get_session(call).await?.into_inner())
+                }
+                Request::BatchGetSessions(request) => {
+                    let call = timed(request.clone(), timeout);
+                    Response::BatchGetSessions(client.batch_get_sessions(call).await?.into_inner())
+                }
+                Request::UpdateSession(request) => {
+                    let call = timed(request.clone(), timeout);
+                    Response::UpdateSession(client.update_session(call).await?.into_inner())
+                }
+                Request::TouchSession(request) => {
+                    let call = timed(request.clone(), timeout);
+                    Response::TouchSession(client.touch_session(call).await?.into_inner())
+                }
+                Request::DeleteSession(request) => {
+                    let call = timed(request.clone(), timeout);
+                    Response::DeleteSession(client.delete_session(call).await?.into_inner())
+                }
+                Request::ListSessions(request) => {
+                    let call = timed(request.clone(), timeout);
+                    Response::ListSessions(client.list_sessions(call).await?.into_inner())
+                }
+            })
+        };
+        match tokio::time::timeout(timeout, calling).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(status)) => {
+                let status: Status = status;
+                if std::error::Error::source(&status).is_some() {
+                    self.lost.store(true, Ordering::Relaxed);
+                }
+                Err(Failure::from_status(&status))
+            }
+            Err(_) => {
+                // The channel may be fine, but another is cheap and this one has not shown it.
+                self.lost.store(true, Ordering::Relaxed);
+                let message = format!("{} did not answer", self.address);
+                Err(Failure::Unknown(Error::DeadlineExceeded { message }))
+            }
+        }
+    }
+}
+
+/// A channel to `address`, connected, for calls outside the pool.
+pub(super) async fn open_channel(address: &str, timeout: Duration) -> Result<Channel, DialError> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        .map_err(DialError::Transport)?
+        .connect_timeout(timeout)
+        .tcp_nodelay(true)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true);
+    endpoint.connect().await.map_err(DialError::Transport)
+}
+
+async fn describe(channel: Channel, timeout: Duration) -> Result<DescribeResponse, Status> {
+    let mut client = ClusterServiceClient::new(channel);
+    Ok(client.describe(timed(DescribeRequest {}, timeout)).await?.into_inner())
+}
+
+/// The call with its deadline in the header.
+pub(super) fn timed<M>(message: M, timeout: Duration) -> Call<M> {
+    let mut call = Call::new(message);
+    call.set_timeout(timeout);
+    call
+}
+
+/// Why there is no connection.
+#[derive(Debug)]
+pub(super) enum DialError {
+    Transport(tonic::transport::Error),
+    Status(Status),
+}
+
+impl DialError {
+    /// As the caller sees it.
+    pub(super) fn at(&self, address: &str) -> Error {
+        let message = match self {
+            Self::Transport(error) => transport_message(error),
+            Self::Status(status) if std::error::Error::source(status).is_some() => {
+                transport_message(status)
+            }
+            Self::Status(status) => status.message().to_owned(),
+        };
+        Error::unavailable(format!("{address}: {message}"))
+    }
+}
+
+impl From<Status> for DialError {
+    fn from(status: Status) -> Self {
+        Self::Status(status)
+    }
+}

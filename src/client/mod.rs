@@ -1,0 +1,305 @@
+//! The client library.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//!
+//! use quorate::client::{Client, Error, NewSession, Update};
+//!
+//! # async fn example() -> Result<(), Error> {
+//! let client = Client::builder()
+//!     .endpoints(["127.0.0.1:7400", "127.0.0.1:7401", "127.0.0.1:7402"])
+//!     .namespace("shop")
+//!     .timeout(Duration::from_secs(2))
+//!     .connect()
+//!     .await?;
+//! let sessions = client.sessions();
+//!
+//! // Somebody logs in. The id goes into the cookie and is not stored anywhere else.
+//! let session = NewSession::new().principal("alice").attribute("theme", "dark");
+//! let created = sessions.create(session).await?;
+//!
+//! // Two requests that set different attributes both win; to compare and set, expect a version.
+//! sessions.update(&created.id, Update::new().set("cart", "3 apples")).await?;
+//! let session = sessions.get(&created.id).await?;
+//! let update = Update::new().set("cart", "4 apples").expect_version(session.version);
+//! match sessions.update(&created.id, update).await {
+//!     Ok(_) => {}
+//!     Err(Error::VersionMismatch { .. }) => { /* somebody else was faster: read again */ }
+//!     Err(Error::OutcomeUnknown { .. }) => { /* read again to find out */ }
+//!     Err(error) => return Err(error),
+//! }
+//!
+//! // Once this has returned, no node gives the session to anybody.
+//! sessions.delete(&created.id).await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A request goes to the leader where one is known, and to any node else. A call returns when it
+//! has an outcome or its timeout has passed; in between it tries again by itself, safely: what is
+//! sent twice happens once. A write of which nobody can tell any more whether it was applied fails
+//! with [`Error::OutcomeUnknown`], and with nothing else.
+//!
+//! Requests share a few connections, each with one [pipeline](Transport::Pipeline); a client and
+//! its clones share those. All of it runs on the tokio runtime that makes the calls.
+//!
+//! Caveats: there is no TLS yet; and near caches, which would save the reads, are still to come.
+
+mod cluster;
+mod connection;
+mod error;
+mod id;
+mod pipeline;
+mod pool;
+mod retry;
+mod session;
+#[cfg(all(test, feature = "server"))]
+mod tests;
+mod time;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::clock::{Clock, SystemClock};
+use crate::limits::{NAMESPACE_BYTES_MAX, REQUEST_BYTES_MAX, REQUEST_TIMEOUT_DEFAULT};
+
+pub use self::cluster::NewMember;
+pub use self::error::Error;
+pub use self::id::{Handle, Selector, SessionId};
+pub use self::session::{
+    Created, Found, ListOptions, NewSession, Page, ReadOptions, Session, Sessions, Touched, Update,
+    Updated,
+};
+pub use self::time::Timeout;
+
+/// Largest answer that is taken: a few times what a server should send, because one that is
+/// refused costs the connection.
+const RESPONSE_BYTES_MAX: usize = 4 * REQUEST_BYTES_MAX;
+/// Time for one attempt, if the call's timeout leaves so much: then another node is asked.
+const ATTEMPT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(3);
+/// Time to reach one node and be greeted.
+const CONNECT_TIMEOUT_DEFAULT: Duration = Duration::from_secs(1);
+/// Most connections of one client: each carries thousands of requests at once.
+const CONNECTIONS_MAX: usize = 64;
+
+/// How requests travel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Transport {
+    /// All requests of a connection on one stream, at a fraction of the cost of a call each.
+    #[default]
+    Pipeline,
+    /// One gRPC call each, as clients without this library make them.
+    Unary,
+}
+
+/// A cluster, as its users reach it. Clones share the connections.
+#[derive(Clone)]
+pub struct Client {
+    pool: Arc<pool::Pool>,
+    request_ids: Arc<id::RequestIds>,
+    namespace: Arc<str>,
+    timeout: Duration,
+    attempt_timeout: Duration,
+    connect_timeout: Duration,
+}
+
+impl Client {
+    /// A client to be configured.
+    pub fn builder() -> ClientBuilder {
+        ClientBuilder { options: Options::default(), clock: Arc::new(SystemClock) }
+    }
+
+    /// The calls on sessions, in this client's namespace.
+    pub fn sessions(&self) -> Sessions {
+        Sessions::new(self.clone())
+    }
+
+    /// The namespace that calls go to.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// The same client for another namespace.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidArgument`] when `namespace` is not a namespace's name.
+    pub fn with_namespace(&self, namespace: &str) -> Result<Self, Error> {
+        check_namespace(namespace)?;
+        Ok(Self { namespace: namespace.into(), ..self.clone() })
+    }
+
+    /// The same client with another timeout for its calls.
+    pub fn with_timeout(&self, timeout: Duration) -> Self {
+        Self { timeout, ..self.clone() }
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client")
+            .field("namespace", &self.namespace)
+            .field("timeout", &self.timeout)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Configures a [`Client`].
+#[derive(Clone)]
+pub struct ClientBuilder {
+    options: Options,
+    clock: Arc<dyn Clock>,
+}
+
+#[derive(Clone)]
+struct Options {
+    endpoints: Vec<String>,
+    namespace: String,
+    transport: Transport,
+    connections: usize,
+    timeout: Duration,
+    attempt_timeout: Duration,
+    connect_timeout: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            endpoints: vec!["127.0.0.1:7400".to_owned()],
+            namespace: "default".to_owned(),
+            transport: Transport::default(),
+            connections: 1,
+            timeout: REQUEST_TIMEOUT_DEFAULT,
+            attempt_timeout: ATTEMPT_TIMEOUT_DEFAULT,
+            connect_timeout: CONNECT_TIMEOUT_DEFAULT,
+        }
+    }
+}
+
+impl ClientBuilder {
+    /// Where to find the cluster: `host:port` of one node or, better, several. The other nodes
+    /// are learnt from those. Default: `127.0.0.1:7400`.
+    pub fn endpoints(mut self, endpoints: impl IntoIterator<Item: Into<String>>) -> Self {
+        self.options.endpoints = endpoints.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// The namespace that calls go to. Default: `default`.
+    pub fn namespace(mut self, namespace: impl Into<String>) -> Self {
+        self.options.namespace = namespace.into();
+        self
+    }
+
+    /// How requests travel. Default: [`Transport::Pipeline`].
+    pub fn transport(mut self, transport: Transport) -> Self {
+        self.options.transport = transport;
+        self
+    }
+
+    /// How many connections to keep, 1 to 64. Default: 1.
+    pub fn connections(mut self, connections: usize) -> Self {
+        self.options.connections = connections;
+        self
+    }
+
+    /// How long a call may take, with all its attempts. Default: 10 s.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.options.timeout = timeout;
+        self
+    }
+
+    /// How long one attempt may take before another node is asked. Default: 3 s.
+    pub fn attempt_timeout(mut self, timeout: Duration) -> Self {
+        self.options.attempt_timeout = timeout;
+        self
+    }
+
+    /// How long it may take to reach one node. Default: 1 s.
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.options.connect_timeout = timeout;
+        self
+    }
+
+    /// The clock that requests are dated by; for simulations.
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// The client, without a connection: the first call makes it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Configuration`] and [`Error::InvalidArgument`] when an option cannot work.
+    pub fn build(mut self) -> Result<Client, Error> {
+        let configuration = |message: String| Err(Error::Configuration { message });
+        if self.options.endpoints.is_empty() {
+            return configuration("at least one endpoint is needed".into());
+        }
+        for endpoint in &mut self.options.endpoints {
+            *endpoint = check_endpoint(endpoint)?;
+        }
+        if !(1..=CONNECTIONS_MAX).contains(&self.options.connections) {
+            return configuration(format!("connections must be 1 to {CONNECTIONS_MAX}"));
+        }
+        let options = self.options;
+        let timeouts = [options.timeout, options.attempt_timeout, options.connect_timeout];
+        // A year is more than anybody waits, and keeps sums of moments within their range.
+        if timeouts.iter().any(|t| t.is_zero() || *t > Duration::from_secs(366 * 24 * 3_600)) {
+            return configuration("timeouts must be above zero and at most a year".into());
+        }
+        check_namespace(&options.namespace)?;
+        Ok(Client {
+            pool: pool::Pool::new(&options, self.clock),
+            request_ids: Arc::new(id::RequestIds::new()?),
+            namespace: options.namespace.into(),
+            timeout: options.timeout,
+            attempt_timeout: options.attempt_timeout,
+            connect_timeout: options.connect_timeout,
+        })
+    }
+
+    /// The client, once a node has greeted it.
+    ///
+    /// # Errors
+    ///
+    /// As [`ClientBuilder::build`], and [`Error::Unavailable`] when no node can be reached.
+    pub async fn connect(self) -> Result<Client, Error> {
+        let client = self.build()?;
+        client.pool.connection().await?;
+        Ok(client)
+    }
+}
+
+/// `host:port`, which a scheme may precede.
+fn check_endpoint(endpoint: &str) -> Result<String, Error> {
+    let configuration = |message: String| Err(Error::Configuration { message });
+    if endpoint.starts_with("https://") {
+        return configuration(format!("{endpoint}: there is no TLS yet, use http://"));
+    }
+    let address = endpoint.strip_prefix("http://").unwrap_or(endpoint).trim_end_matches('/');
+    let valid = address.rsplit_once(':').is_some_and(|(host, port)| {
+        let host_valid = !host.is_empty() && !host.contains(['/', ' ', '@', '?', '#']);
+        host_valid && port.parse::<u16>().is_ok_and(|port| port != 0)
+    });
+    if !valid {
+        return configuration(format!("{endpoint:?} is not host:port"));
+    }
+    Ok(address.to_owned())
+}
+
+fn check_namespace(namespace: &str) -> Result<(), Error> {
+    let valid = (1..=NAMESPACE_BYTES_MAX).contains(&namespace.len())
+        && namespace.bytes().all(|c| matches!(c, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'));
+    if valid {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        "namespace",
+        "INVALID_NAMESPACE",
+        format!(
+            "{namespace:?} is no namespace: 1 to {NAMESPACE_BYTES_MAX} characters of a-z 0-9 . _ -"
+        ),
+    ))
+}

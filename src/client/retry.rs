@@ -1,0 +1,190 @@
+//! From a request to its outcome: attempts, deadlines, and when to stop.
+//!
+//! A request is named, dated and numbered once and sent until it has an answer that is final or
+//! its deadline passes. Only failures that say "not applied, try again" or "no idea" lead to
+//! another attempt, and each resend says that it is one, so that the server can tell it from a new
+//! request. What is not known at the deadline is reported as unknown, never as failed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::Client;
+use super::error::{Error, Failure};
+use super::id::mix;
+use super::time::millis_to_proto;
+use crate::limits::{REQUEST_BYTES_MAX, REQUEST_LIFETIME_MAX};
+use crate::proto::v1::RequestContext;
+use crate::proto::v1::pipeline_request::Request;
+use crate::proto::v1::pipeline_response::Response;
+
+/// Longest time between a request's first sending and its expiry: below the server's own limit,
+/// because the two may disagree a little about the time.
+const EXPIRE_AFTER_MAX: Duration = REQUEST_LIFETIME_MAX.saturating_sub(Duration::from_secs(10));
+/// Pauses between attempts double from the first to the last of these.
+const BACKOFF_MIN: Duration = Duration::from_millis(5);
+/// Short, because an election is: whoever waits longer than the new leader needs is idle.
+const BACKOFF_MAX: Duration = Duration::from_millis(100);
+/// Room that the envelope of a message needs beside the request itself.
+const ENVELOPE_BYTES: usize = 64;
+
+impl Client {
+    /// Sends `request` until it has an outcome or the client's timeout has passed.
+    pub(super) async fn call(&self, mut request: Request) -> Result<Response, Error> {
+        let start = Instant::now();
+        let deadline = start + self.timeout;
+        if request.encoded_len() > REQUEST_BYTES_MAX - ENVELOPE_BYTES {
+            return Err(Error::LimitExceeded {
+                limit: Some("request_bytes".to_owned()),
+                reason: "LIMIT_EXCEEDED".to_owned(),
+                message: format!("the request is larger than {REQUEST_BYTES_MAX} bytes"),
+            });
+        }
+        let is_write = context(&mut request).is_some();
+        let mut request = Arc::new(request);
+        let mut progress = Progress::default();
+        loop {
+            let failure = match self.attempt(&mut request, deadline, &mut progress).await {
+                Ok(response) => return Ok(response),
+                Err(failure) => failure,
+            };
+            let delay = match failure {
+                Failure::Final(error) => return Err(progress.conclude(error, is_write)),
+                Failure::NotApplied { error, delay, .. } => progress.note(error, delay),
+                Failure::NotSent(error) => progress.note(error, None),
+                Failure::Unknown(error) => {
+                    progress.maybe_applied = true;
+                    progress.note(error, None)
+                }
+            };
+            let pause = self.backoff(progress.failures).max(delay);
+            if Instant::now() + pause >= deadline {
+                return Err(progress.give_up(is_write, self.timeout));
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    async fn attempt(
+        &self,
+        request: &mut Arc<Request>,
+        deadline: Instant,
+        progress: &mut Progress,
+    ) -> Result<Response, Failure> {
+        let connecting = self.pool.connection();
+        let connection = match tokio::time::timeout_at(deadline, connecting).await {
+            Ok(connection) => connection.map_err(Failure::NotSent)?,
+            Err(_) => return Err(Failure::NotSent(Error::unavailable("no node could be reached"))),
+        };
+        let now = Instant::now();
+        self.pool.refresh_if_due(&connection, now);
+        let timeout = deadline.saturating_duration_since(now).min(self.attempt_timeout);
+        // Copies the request only if the attempt before is still in the transport's hands.
+        if !progress.dated {
+            self.date(Arc::make_mut(request))?;
+            progress.dated = true;
+        } else if progress.sent
+            && let Some(Some(context)) = context(Arc::make_mut(request))
+        {
+            context.resend = true;
+        }
+        let result = connection.call(request.clone(), timeout).await;
+        progress.sent |= !matches!(result, Err(Failure::NotSent(_)));
+        match &result {
+            Err(Failure::NotApplied { elsewhere: true, .. }) => self.pool.complain(&connection),
+            Err(Failure::Unknown(_)) if connection.is_closed() => self.pool.lost(&connection),
+            Err(Failure::Unknown(Error::Unavailable { .. })) => self.pool.complain(&connection),
+            // Among them a pipeline that lives on after an unanswered request: it is only slow.
+            _ => {}
+        }
+        result
+    }
+
+    /// Names and dates a write.
+    fn date(&self, request: &mut Request) -> Result<(), Failure> {
+        let Some(context) = context(request) else { return Ok(()) };
+        let Some(now) = self.pool.time.now() else {
+            let message = "the node did not tell the cluster's time";
+            return Err(Failure::NotSent(Error::internal(message)));
+        };
+        let lifetime = self.timeout.min(EXPIRE_AFTER_MAX);
+        let expiry = now.saturating_add(i64::try_from(lifetime.as_millis()).unwrap_or(i64::MAX));
+        *context = Some(RequestContext {
+            request_id: self.request_ids.mint(),
+            resend: false,
+            first_sent_time: Some(millis_to_proto(now)),
+            expire_time: Some(millis_to_proto(expiry)),
+        });
+        Ok(())
+    }
+
+    /// The pause before attempt `failures + 1`: doubling, and half of it random, so that those who
+    /// failed together do not come back together.
+    fn backoff(&self, failures: u32) -> Duration {
+        let full = BACKOFF_MIN.saturating_mul(1 << failures.min(10)).min(BACKOFF_MAX);
+        let random = mix(self.request_ids.mint()) % 1_024;
+        full / 2 + (full / 2) * u32::try_from(random).unwrap_or(0) / 1_024
+    }
+}
+
+/// What the attempts so far have come to.
+#[derive(Default)]
+struct Progress {
+    /// Whether the request has its name and dates.
+    dated: bool,
+    /// Whether any attempt may have reached a server.
+    sent: bool,
+    /// Whether any attempt may have been applied.
+    maybe_applied: bool,
+    failures: u32,
+    last: Option<Error>,
+}
+
+impl Progress {
+    fn note(&mut self, error: Error, delay: Option<Duration>) -> Duration {
+        self.failures = self.failures.saturating_add(1);
+        self.last = Some(error);
+        delay.unwrap_or_default()
+    }
+
+    /// A final answer to this attempt, seen in the light of those before.
+    fn conclude(&self, error: Error, is_write: bool) -> Error {
+        match error {
+            // This resend came too late to be applied, but one before it may have been.
+            Error::DeadlineExceeded { message } if is_write && self.maybe_applied => {
+                Error::OutcomeUnknown { message }
+            }
+            error => error,
+        }
+    }
+
+    fn give_up(self, is_write: bool, timeout: Duration) -> Error {
+        let waited = format!("no answer within {timeout:?}");
+        let Some(last) = self.last else { return Error::DeadlineExceeded { message: waited } };
+        if is_write && self.maybe_applied {
+            let message = format!("{waited}; it may or may not have been applied: {last}");
+            return Error::OutcomeUnknown { message };
+        }
+        match last {
+            Error::Unavailable { reason, message } => {
+                Error::Unavailable { reason, message: format!("{waited}: {message}") }
+            }
+            Error::DeadlineExceeded { message } => {
+                Error::DeadlineExceeded { message: format!("{waited}: {message}") }
+            }
+            other => other,
+        }
+    }
+}
+
+/// Where a write keeps what makes its retry safe; `None` for a read.
+fn context(request: &mut Request) -> Option<&mut Option<RequestContext>> {
+    match request {
+        Request::CreateSession(request) => Some(&mut request.context),
+        Request::UpdateSession(request) => Some(&mut request.context),
+        Request::TouchSession(request) => Some(&mut request.context),
+        Request::DeleteSession(request) => Some(&mut request.context),
+        Request::GetSession(_) | Request::BatchGetSessions(_) | Request::ListSessions(_) => None,
+    }
+}

@@ -1,0 +1,51 @@
+//! The only place that reads a clock, so that a simulation can own it.
+
+use std::time::{Duration, SystemTime};
+
+use rustix::time::{ClockId, clock_gettime};
+
+/// What a node or a client knows of time.
+pub trait Clock: Send + Sync + 'static {
+    /// Time since some fixed moment. It never goes back, no clock step moves it, and it goes on
+    /// while the machine sleeps (CLOCK_BOOTTIME), so that a deadline is never stretched by a nap.
+    fn monotonic(&self) -> Duration;
+
+    /// The wall clock, in milliseconds since the Unix epoch; zero if it is set before that.
+    fn wall(&self) -> u64;
+}
+
+/// The clocks of this machine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SystemClock;
+
+impl Clock for SystemClock {
+    fn monotonic(&self) -> Duration {
+        let now = clock_gettime(ClockId::Boottime);
+        // The kernel counts up from boot and keeps nanoseconds below a second.
+        Duration::new(
+            u64::try_from(now.tv_sec).unwrap_or_default(),
+            u32::try_from(now.tv_nsec).unwrap_or_default(),
+        )
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "this is clock.rs")]
+    fn wall(&self) -> u64 {
+        let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        since_epoch.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_run_forward() {
+        let clock = SystemClock;
+        let first = clock.monotonic();
+        assert!(first > Duration::ZERO);
+        assert!(clock.monotonic() >= first);
+        // Later than the day on which this was written.
+        assert!(clock.wall() > 1_760_000_000_000);
+    }
+}
