@@ -11,6 +11,8 @@ pub mod proto;
 #[cfg(feature = "server")]
 pub mod raft;
 #[cfg(feature = "server")]
+pub mod server;
+#[cfg(feature = "server")]
 pub mod service;
 #[cfg(feature = "server")]
 pub mod state;

@@ -13,7 +13,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::convert::boundary_encode;
@@ -194,8 +193,9 @@ impl Worker {
             (shared.index, shared.finished_at)
         };
         let lag = self.parts.wal.bytes_after(index.unwrap_or(0));
-        let old = finished_at
-            .is_none_or(|at| self.parts.clock.monotonic().saturating_sub(at) >= self.parts.policy.age);
+        let old = finished_at.is_none_or(|at| {
+            self.parts.clock.monotonic().saturating_sub(at) >= self.parts.policy.age
+        });
         if lag >= self.parts.policy.log_bytes {
             // Even if the log has grown by commands that changed nothing: it has to be purged.
             self.checkpoint()?;
@@ -209,7 +209,7 @@ impl Worker {
     fn ask_for_snapshot(&mut self) {
         let (snapshot, disk_bytes) = {
             let shared = self.shared();
-            (shared.snapshot.as_ref().map(SnapshotFile::index), shared.disk_bytes)
+            (shared.snapshot.as_ref().map(|file| file.index), shared.disk_bytes)
         };
         let behind = self.parts.wal.bytes_after(snapshot.unwrap_or(0));
         // The pages' two slots make the disk hold the state about twice.
@@ -230,7 +230,7 @@ impl Worker {
         };
         let index = boundary.log_id.index;
         if !self.parts.durable.wait(index) {
-            return Err(CheckpointError::other("the log has stopped"));
+            return Err(CheckpointError::Record("the log has stopped".to_owned()));
         }
         let started = self.parts.clock.monotonic();
         if let Some(file) = installed {
@@ -238,22 +238,28 @@ impl Worker {
         }
         let count = changes.len();
         let mut encoded = changes.into_iter().map(|(key, record)| {
-            let value = record.map(|record| state::encode_record(&record));
+            let value = record.map(|record| {
+                let mut value = Vec::new();
+                state::encode_record(&record, &mut value);
+                value.into()
+            });
             (state::encode_key(&key), value)
         });
-        self.parts.store.write(&mut encoded, index, boundary_encode(&boundary))?;
+        let (_, statistics) =
+            self.parts.store.write(&mut encoded, index, boundary_encode(&boundary))?;
         let now = self.parts.clock.monotonic();
         let mut shared = self.shared();
         shared.index = Some(index);
         shared.finished_at = Some(now);
         shared.disk_bytes = self.parts.store.disk_bytes();
-        tracing::debug!(index, changes = count, took = ?now.saturating_sub(started), "checkpoint");
+        let took = now.saturating_sub(started);
+        tracing::debug!(index, changes = count, ?took, ?statistics, "checkpoint");
         Ok(())
     }
 
     fn replace(&mut self, file: &SnapshotFile) -> Result<(), CheckpointError> {
-        let mut reader = SnapshotReader::open(file.path()).map_err(CheckpointError::other)?;
-        let header = Bytes::copy_from_slice(reader.header());
+        let reader = SnapshotReader::open(&file.path)?;
+        let header = reader.header().clone();
         let index = reader.index();
         self.parts.store.replace(&mut reader.records(), index, header)?;
         Ok(())
@@ -271,7 +277,7 @@ impl Worker {
             let _ = done.send(Err(io::Error::other("nothing has been applied yet")));
             return Ok(());
         };
-        if let Some(file) = current.filter(|file| file.index() >= frozen.root().index) {
+        if let Some(file) = current.filter(|file| file.index >= frozen.root().index) {
             let _ = done.send(Ok(file));
             return Ok(());
         }
@@ -286,7 +292,7 @@ impl Worker {
                     Ok(file) => {
                         let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
                         let newer =
-                            shared.snapshot.as_ref().is_none_or(|old| old.index() < file.index());
+                            shared.snapshot.as_ref().is_none_or(|old| old.index < file.index);
                         if newer {
                             shared.snapshot = Some(file.clone());
                         }
@@ -296,19 +302,21 @@ impl Worker {
                 // Raft may have stopped waiting; the file counts all the same.
                 let _ = done.send(built);
             })
-            .map_err(CheckpointError::other)?;
+            .map_err(|error| CheckpointError::Record(error.to_string()))?;
         Ok(())
     }
 }
 
-fn write_snapshot(frozen: &FrozenCheckpoint, directory: &std::path::Path) -> io::Result<SnapshotFile> {
+fn write_snapshot(
+    frozen: &FrozenCheckpoint,
+    directory: &std::path::Path,
+) -> io::Result<SnapshotFile> {
     let root = frozen.root();
-    let mut writer = SnapshotWriter::create(directory, root.index, &root.header)?;
-    frozen
-        .records(&mut |key, value| writer.write(key, value).map_err(CheckpointError::other))
-        .map_err(io::Error::other)?;
-    let file = writer.finish()?;
-    snapshot::remove_older(directory, file.index())?;
-    tracing::info!(index = file.index(), "snapshot written");
+    let mut writer =
+        SnapshotWriter::create(directory, root.index, &root.header).map_err(io::Error::other)?;
+    frozen.records(&mut |key, value| Ok(writer.write(key, value)?)).map_err(io::Error::other)?;
+    let file = writer.finish().map_err(io::Error::other)?;
+    snapshot::remove_older(directory, file.index).map_err(io::Error::other)?;
+    tracing::info!(index = file.index, "snapshot written");
     Ok(file)
 }

@@ -11,6 +11,7 @@ use super::types::{
 };
 use crate::proto::peer;
 use crate::storage::envelope;
+use crate::storage::wal::WalRecord;
 
 type StreamAppendResult = openraft::raft::StreamAppendResult<TypeConfig>;
 
@@ -77,9 +78,7 @@ fn payload_in(kind: peer::EntryKind, payload: Bytes) -> Result<EntryPayload, Mal
 pub(crate) fn append_result_out(result: StreamAppendResult) -> peer::AppendResult {
     use peer::append_result::Result as Outcome;
     let outcome = match result {
-        Ok(matched) => {
-            Outcome::Matched(peer::Matched { log_id: matched.as_ref().map(log_id_out) })
-        }
+        Ok(matched) => Outcome::Matched(peer::Matched { log_id: matched.as_ref().map(log_id_out) }),
         Err(StreamAppendError::Conflict(conflict)) => Outcome::Conflict(log_id_out(&conflict)),
         Err(StreamAppendError::HigherVote(vote)) => Outcome::HigherVote(vote_out(&vote)),
     };
@@ -97,35 +96,27 @@ pub(crate) fn append_result_in(
     })
 }
 
+/// Version of the envelope around Raft's metadata.
+const METADATA_VERSION: u8 = 1;
 /// Bytes of the header that each log record carries before its payload.
-pub(crate) const RECORD_HEADER_BYTES: usize = 9;
+const RECORD_HEADER_BYTES: usize = 9;
 
 /// A log record: entry kind and term, then the payload. The index is the log's.
-pub(crate) fn record_out(entry: Entry) -> ([u8; RECORD_HEADER_BYTES], Bytes) {
+pub(crate) fn record_out(entry: Entry) -> WalRecord {
     let mut header = [0; RECORD_HEADER_BYTES];
     header[1..].copy_from_slice(&term_of(&entry.log_id).to_le_bytes());
     let (kind, payload) = payload_out(entry.payload);
     header[0] = kind as u8;
-    (header, payload)
+    WalRecord { header: Bytes::copy_from_slice(&header), payload }
 }
 
-pub(crate) fn record_in(index: u64, record: Bytes) -> Result<Entry, Malformed> {
-    let (kind, term) = record_header(&record)?;
-    let payload = payload_in(kind, record.slice(RECORD_HEADER_BYTES..))?;
-    Ok(Entry { log_id: log_id(term, index), payload })
-}
-
-/// The log id of a record, without decoding its payload.
-pub(crate) fn record_log_id(index: u64, record: &[u8]) -> Result<LogId, Malformed> {
-    Ok(log_id(record_header(record)?.1, index))
-}
-
-fn record_header(record: &[u8]) -> Result<(peer::EntryKind, u64), Malformed> {
+pub(crate) fn record_in(index: u64, record: WalRecord) -> Result<Entry, Malformed> {
     let header: &[u8; RECORD_HEADER_BYTES] =
-        record.first_chunk().ok_or(Malformed("log record"))?;
+        record.header.as_ref().try_into().map_err(|_| Malformed("log record"))?;
     let [kind, term @ ..] = header;
     let kind = peer::EntryKind::try_from(i32::from(*kind)).map_err(|_| Malformed("entry kind"))?;
-    Ok((kind, u64::from_le_bytes(*term)))
+    let log_id = log_id(u64::from_le_bytes(*term), index);
+    Ok(Entry { log_id, payload: payload_in(kind, record.payload)? })
 }
 
 /// Raft's metadata as stored. Mirrors openraft's types, so that its releases cannot change what
@@ -172,11 +163,12 @@ pub(crate) struct Boundary {
 }
 
 fn encode(metadata: &Metadata) -> Bytes {
-    envelope::encode(metadata)
+    let bytes = envelope::encode(METADATA_VERSION, metadata);
+    bytes.expect("what is known of a few members is small").into()
 }
 
 fn decode(bytes: &[u8], what: &'static str) -> Result<Metadata, Malformed> {
-    envelope::decode(bytes).map_err(|_| Malformed(what))
+    envelope::decode(METADATA_VERSION, bytes).map_err(|_| Malformed(what))
 }
 
 pub(crate) fn vote_encode(vote: &Vote) -> Bytes {

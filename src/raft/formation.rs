@@ -28,6 +28,8 @@ use crate::storage::envelope;
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
 /// How long one question may take.
 const ASK_TIMEOUT: Duration = Duration::from_secs(1);
+/// Version of the envelope around a founding.
+const FOUNDING_VERSION: u8 = 1;
 
 /// The cluster that a node belongs to, as it was founded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,11 +53,13 @@ impl Founding {
                 (*node, peer_address, client_address, incarnation)
             })
             .collect();
-        envelope::encode(&FoundingV1 { members })
+        let bytes = envelope::encode(FOUNDING_VERSION, &FoundingV1 { members });
+        bytes.expect("what is known of a few members is small").into()
     }
 
     pub(super) fn decode(cluster_id: u128, bytes: &[u8]) -> Result<Self, RecoveryError> {
-        let founding: FoundingV1 = envelope::decode(bytes).map_err(RecoveryError::new)?;
+        let founding: FoundingV1 =
+            envelope::decode(FOUNDING_VERSION, bytes).map_err(RecoveryError::new)?;
         let members = founding
             .members
             .into_iter()
@@ -181,14 +185,17 @@ async fn ask_all(node: &Node, listed: &BTreeMap<u64, String>) -> Answers {
     futures_util::future::join_all(questions).await.into_iter().collect()
 }
 
-async fn ask(from_node: u64, to_node: u64, address: &str) -> Result<peer::IdentifyResponse, String> {
+async fn ask(
+    from_node: u64,
+    to_node: u64,
+    address: &str,
+) -> Result<peer::IdentifyResponse, String> {
     let channel = connect(address).map_err(|error| error.to_string())?;
     let mut request = tonic::Request::new(peer::IdentifyRequest { from_node, to_node });
     request.set_timeout(ASK_TIMEOUT);
-    let answer = client(channel)
-        .identify(request)
-        .await
-        .map_err(|status| format!("node {to_node} at {address} does not answer ({})", status.code()))?;
+    let answer = client(channel).identify(request).await.map_err(|status| {
+        format!("node {to_node} at {address} does not answer ({})", status.code())
+    })?;
     Ok(answer.into_inner())
 }
 
@@ -240,11 +247,7 @@ async fn found_with(
 }
 
 /// Draws a new cluster, if every listed node is empty.
-fn draw(
-    node: &Node,
-    listed: &BTreeMap<u64, String>,
-    found: Answers,
-) -> Result<Founding, String> {
+fn draw(node: &Node, listed: &BTreeMap<u64, String>, found: Answers) -> Result<Founding, String> {
     let own = node.options.node_id;
     let mut members = BTreeMap::from([(
         own,

@@ -10,8 +10,8 @@ use std::io;
 use std::ops::{Bound, RangeBounds};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use openraft::OptionalSend;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
-use openraft::{OptionalSend, RaftLogId as _};
 
 use super::convert;
 use super::types::{Entry, LogId, TypeConfig, Vote};
@@ -129,11 +129,6 @@ impl LogStore {
         self.durable.clone()
     }
 
-    /// The last log id that was known to be committed when it was recovered or saved.
-    pub(crate) fn committed(&self) -> Option<LogId> {
-        self.lock().committed
-    }
-
     /// Whether anything was ever written: a vote, or an entry.
     pub(crate) fn is_pristine(&self) -> bool {
         let shared = self.lock();
@@ -149,6 +144,15 @@ impl LogStore {
     }
 
     fn read(&self, from: u64, until: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
+        if from < self.wal.first_index() {
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                format!(
+                    "log entry {from} was purged; the log begins at {}",
+                    self.wal.first_index()
+                ),
+            ));
+        }
         let records = self.wal.read(from..until, bytes_max).map_err(log_failed)?;
         (from..)
             .zip(records)
@@ -229,10 +233,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
         let (done, saved) = tokio::sync::oneshot::channel();
-        self.wal.save_vote(
-            convert::vote_encode(vote),
-            Box::new(move |result| drop(done.send(result))),
-        );
+        self.wal
+            .save_vote(convert::vote_encode(vote), Box::new(move |result| drop(done.send(result))));
         saved.await.map_err(|_| io::Error::other("the log is closed"))?.map_err(log_failed)?;
         self.lock().vote = Some(*vote);
         Ok(())
@@ -264,10 +266,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let records: Vec<WalRecord> = entries
             .into_iter()
             .map(|entry| {
-                first.get_or_insert(entry.log_id.index());
+                first.get_or_insert(entry.log_id.index);
                 last = Some(entry.log_id);
-                let (header, payload) = convert::record_out(entry);
-                WalRecord { header: header.into(), payload }
+                convert::record_out(entry)
             })
             .collect();
         let (Some(first), Some(last)) = (first, last) else {
@@ -300,10 +301,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             Ok(()) => durable.advance(epoch, next_index),
             Err(_) => durable.fail(),
         });
-        match last {
-            Some(last) => self.wal.truncate_after(last.index, done),
-            None => self.wal.truncate_all(done),
-        }
+        self.wal.truncate_from(next_index, done);
         self.lock().last = last;
         Ok(())
     }

@@ -106,10 +106,6 @@ impl Core {
         self.lock().last_applied
     }
 
-    pub(crate) fn membership(&self) -> StoredMembership {
-        self.lock().membership.clone()
-    }
-
     /// The number of records that the next checkpoint has to write.
     pub(crate) fn dirty_records(&self) -> usize {
         let inner = self.lock();
@@ -147,8 +143,7 @@ impl Core {
 
     fn install(&self, boundary: Boundary, state: State, file: SnapshotFile) {
         let mut inner = self.lock();
-        let applied =
-            Applied { next_index: boundary.log_id.index + 1, revision: state.revision() };
+        let applied = Applied { next_index: boundary.log_id.index + 1, revision: state.revision() };
         inner.state = state;
         inner.last_applied = Some(boundary.log_id);
         inner.membership = boundary.membership;
@@ -238,22 +233,23 @@ pub(crate) fn load_snapshot(file: &SnapshotFile) -> io::Result<(Boundary, State)
     let invalid = |error: &dyn std::fmt::Display| {
         io::Error::new(
             io::ErrorKind::InvalidData,
-            format!("snapshot {}: {error}", file.path().display()),
+            format!("snapshot {}: {error}", file.path.display()),
         )
     };
-    let mut reader = SnapshotReader::open(file.path()).map_err(|error| invalid(&error))?;
+    let reader = SnapshotReader::open(&file.path).map_err(|error| invalid(&error))?;
     let boundary = boundary_decode(reader.header()).map_err(|error| invalid(&error))?;
     let mut restore = Restore::new(&boundary.state).map_err(|error| invalid(&error))?;
-    reader
-        .for_each(&mut |key, value| restore.insert(key, value).map_err(|error| error.to_string()))
-        .map_err(|error| invalid(&error))?;
+    for record in reader.records() {
+        let (key, value) = record.map_err(|error| invalid(&error))?;
+        restore.insert(&key, &value).map_err(|error| invalid(&error))?;
+    }
     let state = restore.finish().map_err(|error| invalid(&error))?;
     Ok((boundary, state))
 }
 
 /// Reads what a snapshot file says of itself.
 pub(crate) fn load_snapshot_header(file: &SnapshotFile) -> io::Result<Boundary> {
-    let reader = SnapshotReader::open(file.path()).map_err(io::Error::other)?;
+    let reader = SnapshotReader::open(&file.path).map_err(io::Error::other)?;
     boundary_decode(reader.header()).map_err(io::Error::other)
 }
 
@@ -269,9 +265,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     type SnapshotData = SnapshotFile;
     type SnapshotBuilder = SnapshotBuilder;
 
-    async fn applied_state(
-        &mut self,
-    ) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
         let inner = self.core.lock();
         Ok((inner.last_applied, inner.membership.clone()))
     }
@@ -307,10 +301,14 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         if Some(boundary.log_id) != meta.last_log_id {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                format!("snapshot {} is not the one announced", snapshot.path().display()),
+                format!("snapshot {} is not the one announced", snapshot.path.display()),
             ));
         }
-        tracing::info!(index = boundary.log_id.index, sessions = state.sessions(), "snapshot installed");
+        tracing::info!(
+            index = boundary.log_id.index,
+            sessions = state.sessions(),
+            "snapshot installed"
+        );
         self.core.install(boundary, state, snapshot.clone());
         self.checkpointer.installed(snapshot);
         Ok(())

@@ -12,27 +12,23 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _, stream};
+use openraft::OptionalSend;
 use openraft::base::{BoxFuture, BoxStream};
-use openraft::errors::{
-    NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable,
-};
+use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::{
     Backoff, RPCOption, RaftNetworkFactory, RaftNetworkV2, stream_append_sequential,
 };
 use openraft::raft::{
-    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult,
-    VoteRequest, VoteResponse,
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult, VoteRequest,
+    VoteResponse,
 };
 use openraft::type_config::alias::SnapshotOf;
-use openraft::OptionalSend;
 use tokio::sync::Notify;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 
 use super::clock::ClusterClock;
-use super::convert::{
-    append_result_in, entry_out, log_id_in, log_id_out, vote_in, vote_out,
-};
+use super::convert::{append_result_in, entry_out, log_id_in, log_id_out, vote_in, vote_out};
 use super::types::{Member, TypeConfig, Vote};
 use crate::limits::ENTRY_BYTES_MAX;
 use crate::proto::peer;
@@ -108,11 +104,7 @@ impl Peers {
         })
     }
 
-    fn link(
-        &self,
-        node: u64,
-        member: &Member,
-    ) -> Result<Arc<PeerLink>, tonic::transport::Error> {
+    fn link(&self, node: u64, member: &Member) -> Result<Arc<PeerLink>, tonic::transport::Error> {
         let key = (node, member.peer_address.clone());
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(link) = links.get(&key) {
@@ -237,8 +229,7 @@ impl Network {
         });
         request.set_timeout(option.hard_ttl());
         let mut client = client(self.link()?.control.clone());
-        let response =
-            client.vote(request).await.map_err(|status| failed(&status))?.into_inner();
+        let response = client.vote(request).await.map_err(|status| failed(&status))?.into_inner();
         self.peers.clock.observe(self.target, response.clock.as_ref());
         Ok(VoteResponse {
             vote: vote_in(response.vote).map_err(malformed)?,
@@ -412,7 +403,7 @@ fn snapshot_chunks(
     vote: &Vote,
     file: &SnapshotFile,
 ) -> std::io::Result<ReceiverStream<peer::InstallSnapshotRequest>> {
-    let mut source = std::fs::File::open(file.path())?;
+    let mut source = std::fs::File::open(&file.path)?;
     let (chunks, stream) = tokio::sync::mpsc::channel(4);
     let first = peer::InstallSnapshotRequest {
         header: Some(header),
@@ -430,8 +421,7 @@ fn snapshot_chunks(
                 Ok(0) | Err(_) => return,
                 Ok(length) => data.truncate(length),
             }
-            let chunk =
-                peer::InstallSnapshotRequest { data: data.into(), ..Default::default() };
+            let chunk = peer::InstallSnapshotRequest { data: data.into(), ..Default::default() };
             if chunks.blocking_send(chunk).is_err() {
                 return;
             }

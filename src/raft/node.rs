@@ -14,17 +14,16 @@ use super::barrier::BarrierError;
 use super::checkpointer::CheckpointPolicy;
 use super::formation::{self, Founding};
 use super::halt::Halt;
-use super::network::{Identity, PEER_MESSAGE_BYTES_MAX};
+use super::network::{self, PEER_MESSAGE_BYTES_MAX};
 use super::peer::PeerServer;
 use super::proposals::ProposeError;
-use super::recovery::RecoveryError;
+use super::recovery::{RecoveryError, StoragePaths};
 use super::replica::{RaftTimeouts, Replica, ReplicaParts};
-use super::types::Member;
 use crate::clock::Clock;
 use crate::proto::peer;
 use crate::proto::peer::peer_service_server::PeerServiceServer;
 use crate::state::{Command, Reply, Stamp, State, encode_command};
-use crate::storage::directory::{DataDirectory, DirectoryError};
+use crate::storage::directory::{DataDirectory, DirectoryError, Identity};
 
 /// Everything that a node needs; nothing is global.
 pub struct NodeOptions {
@@ -53,6 +52,20 @@ pub enum NodeError {
     /// The data directory cannot be used; the message names the remedy.
     #[error(transparent)]
     Directory(#[from] DirectoryError),
+    /// The data directory belongs to another node.
+    #[error(
+        "data directory {} belongs to node {found}, and this is node {expected}: correct \
+         --node-id or --data-dir",
+        path.display()
+    )]
+    OtherNode {
+        /// Which directory.
+        path: PathBuf,
+        /// Whose it is.
+        found: u64,
+        /// Who wants it.
+        expected: u64,
+    },
     /// What is on disk cannot be used; the message names file and remedy.
     #[error(transparent)]
     Recovery(#[from] RecoveryError),
@@ -103,7 +116,7 @@ pub struct Node {
     pub(super) options: NodeOptions,
     pub(super) incarnation: u64,
     pub(super) halt: Halt,
-    directory: DataDirectory,
+    directory: Mutex<DataDirectory>,
     founding: Mutex<Option<Founding>>,
     replica: OnceLock<Arc<Replica>>,
     starting: tokio::sync::Mutex<()>,
@@ -121,16 +134,25 @@ impl Node {
         options: NodeOptions,
         peer_listener: TcpListener,
     ) -> Result<Arc<Self>, NodeError> {
-        let directory = DataDirectory::open(&options.data_directory, options.node_id, random_u64()?)?;
-        let identity = directory.identity();
-        let founding = match identity.cluster {
-            None => None,
-            Some(ref cluster) => Some(Founding::decode(cluster.id, &cluster.founders)?),
+        let directory = DataDirectory::open(&options.data_directory, random_u64()?)?;
+        let incarnation = directory.identity().incarnation();
+        let founding = match directory.identity() {
+            Identity::Empty { .. } => None,
+            Identity::Member { node_id, .. } if *node_id != options.node_id => {
+                return Err(NodeError::OtherNode {
+                    path: options.data_directory,
+                    found: *node_id,
+                    expected: options.node_id,
+                });
+            }
+            Identity::Member { cluster_id, members, .. } => {
+                Some(Founding::decode(*cluster_id, members)?)
+            }
         };
         let node = Arc::new(Self {
-            incarnation: identity.incarnation,
+            incarnation,
             halt: Halt::new(),
-            directory,
+            directory: Mutex::new(directory),
             founding: Mutex::new(founding.clone()),
             replica: OnceLock::new(),
             starting: tokio::sync::Mutex::new(()),
@@ -193,9 +215,14 @@ impl Node {
                 self.options.node_id, current.cluster_id
             ));
         }
-        self.directory
-            .save_membership(founding.cluster_id, founding.encode())
-            .map_err(|error| error.to_string())?;
+        let identity = Identity::Member {
+            cluster_id: founding.cluster_id,
+            node_id: self.options.node_id,
+            incarnation: self.incarnation,
+            members: founding.encode(),
+        };
+        let mut directory = self.directory.lock().unwrap_or_else(PoisonError::into_inner);
+        directory.save_identity(identity).map_err(|error| error.to_string())?;
         tracing::info!(cluster_id = %format_args!("{:032x}", founding.cluster_id), "joined");
         *current = Some(founding.clone());
         Ok(())
@@ -210,14 +237,22 @@ impl Node {
         let founding = self
             .founding()
             .ok_or_else(|| RecoveryError::new("this node belongs to no cluster yet"))?;
+        let paths = {
+            let directory = self.directory.lock().unwrap_or_else(PoisonError::into_inner);
+            StoragePaths {
+                wal: directory.wal_path(),
+                checkpoint: directory.sled_path(),
+                snapshots: directory.snapshots_path(),
+            }
+        };
         let replica = Replica::start(ReplicaParts {
-            identity: Identity {
+            identity: network::Identity {
                 cluster_id: founding.cluster_id,
                 node_id: self.options.node_id,
                 incarnation: self.incarnation,
             },
             founders: founding.members,
-            directory: &self.directory,
+            paths,
             clock: self.options.clock.clone(),
             timeouts: self.options.timeouts,
             checkpoints: self.options.checkpoints.clone(),

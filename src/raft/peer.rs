@@ -11,9 +11,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::convert::{
-    append_result_out, entry_in, log_id_in, log_id_out, vote_in, vote_out,
-};
+use super::convert::{append_result_out, entry_in, log_id_in, log_id_out, vote_in, vote_out};
 use super::machine::load_snapshot_header;
 use super::node::Node;
 use super::replica::Replica;
@@ -27,6 +25,8 @@ use crate::storage::snapshot::SnapshotReceiver;
 
 /// Answers on their way on one exchange stream before its questions are read no further.
 const ANSWERS_UNDER_WAY_MAX: usize = 256;
+/// Largest snapshot that is taken from a peer: more than any state that fits a memory.
+const SNAPSHOT_BYTES_MAX: u64 = 1 << 40;
 /// How long a follower may keep a leader waiting for a barrier before it asks again.
 const BARRIER_TIMEOUT: Duration = Duration::from_millis(500);
 
@@ -167,9 +167,7 @@ impl PeerService for PeerServer {
         });
         let input = stream::once(async move { first }).chain(rest);
         let output = replica.raft.stream_append(input).map(|result| match result {
-            Ok(result) => {
-                Ok(peer::AppendResponse { result: Some(append_result_out(result)) })
-            }
+            Ok(result) => Ok(peer::AppendResponse { result: Some(append_result_out(result)) }),
             Err(fatal) => Err(Status::unavailable(fatal.to_string())),
         });
         Ok(Response::new(Box::pin(output)))
@@ -189,9 +187,10 @@ impl PeerService for PeerServer {
         let directory = replica.snapshots.clone();
         let (data, mut inbox) = mpsc::channel::<bytes::Bytes>(8);
         let receiving = tokio::task::spawn_blocking(move || -> std::io::Result<_> {
-            let mut receiver = SnapshotReceiver::create(&directory)?;
+            let mut receiver = SnapshotReceiver::create(&directory, SNAPSHOT_BYTES_MAX)
+                .map_err(std::io::Error::other)?;
             while let Some(data) = inbox.blocking_recv() {
-                receiver.write(&data)?;
+                receiver.write(&data).map_err(std::io::Error::other)?;
             }
             let file = receiver.finish().map_err(std::io::Error::other)?;
             let boundary = load_snapshot_header(&file)?;

@@ -137,11 +137,7 @@ impl Proposals {
         }
         queue.count += 1;
         queue.bytes += bytes;
-        queue.waiting.push_back(Waiter {
-            proposal: Proposal { command, resend },
-            deadline,
-            done,
-        });
+        queue.waiting.push_back(Waiter { proposal: Proposal { command, resend }, deadline, done });
         let first = queue.waiting.len() == 1;
         drop(queue);
         if first {
@@ -326,10 +322,8 @@ impl Proposals {
 
     /// Proposes commands that another node has forwarded, as one entry.
     pub(crate) async fn lead_for(&self, proposals: Vec<Proposal>) -> Answer {
-        let bytes: usize = proposals
-            .iter()
-            .map(|proposal| proposal.command.len() + PROPOSAL_OVERHEAD_BYTES)
-            .sum();
+        let bytes: usize =
+            proposals.iter().map(|proposal| proposal.command.len() + PROPOSAL_OVERHEAD_BYTES).sum();
         if self.leadership.route() != Route::Local {
             return Answer::NotLeader(peer::NotLeader {});
         }

@@ -5,17 +5,25 @@
 //! loudly, and the snapshot and the log take its place. A log that is corrupt is another matter:
 //! it holds what this node has acknowledged, so the node refuses to start.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::convert::{Boundary, boundary_decode};
 use super::machine::load_snapshot;
 use crate::state::{Restore, State};
-use crate::storage::checkpoint::{self, CheckpointError, CheckpointOptions, CheckpointStore};
-use crate::storage::directory::DataDirectory;
+use crate::storage::checkpoint::{
+    self, CheckpointError, CheckpointOptions, CheckpointStore, OpenError,
+};
 use crate::storage::file::RealFiles;
 use crate::storage::snapshot::{self, SnapshotFile};
 use crate::storage::wal::{Recovered, Wal, WalOptions};
+
+/// Where everything is.
+pub(crate) struct StoragePaths {
+    pub(crate) wal: PathBuf,
+    pub(crate) checkpoint: PathBuf,
+    pub(crate) snapshots: PathBuf,
+}
 
 /// Everything that was found.
 pub(crate) struct Recovery {
@@ -47,11 +55,12 @@ fn because(error: impl std::fmt::Display) -> RecoveryError {
 }
 
 /// Reads the data directory. Blocks for as long as that takes.
-pub(crate) fn recover(directory: &DataDirectory) -> Result<Recovery, RecoveryError> {
-    let (store, checkpoint) = open_checkpoint(&directory.sled_path())?;
-    let snapshot = snapshot::newest(&directory.snapshots_path()).map_err(because)?;
+pub(crate) fn recover(paths: &StoragePaths) -> Result<Recovery, RecoveryError> {
+    snapshot::prepare(&paths.snapshots).map_err(because)?;
+    let (store, checkpoint) = open_checkpoint(&paths.checkpoint)?;
+    let snapshot = snapshot::newest(&paths.snapshots).map_err(because)?;
     let checkpoint_index = checkpoint.as_ref().map(|(boundary, _)| boundary.log_id.index);
-    let newer = snapshot.as_ref().filter(|file| Some(file.index()) > checkpoint_index);
+    let newer = snapshot.as_ref().filter(|file| Some(file.index) > checkpoint_index);
     let (state, replace_with) = match newer {
         None => (checkpoint, None),
         Some(file) => match load_snapshot(file) {
@@ -68,10 +77,11 @@ pub(crate) fn recover(directory: &DataDirectory) -> Result<Recovery, RecoveryErr
             }
         },
     };
-    let durable = state.as_ref().map_or(0, |(boundary, _)| boundary.log_id.index);
-    let options = WalOptions { must_contain: durable, ..WalOptions::default() };
-    let (wal, recovered) =
-        Wal::open(Arc::new(RealFiles), &directory.wal_path(), options).map_err(because)?;
+    // A checkpoint is only taken where the log is on disk. A snapshot from the leader is no proof:
+    // the log is purged up to it afterwards.
+    let must_contain = checkpoint_index.unwrap_or(0);
+    let options = WalOptions { must_contain, ..WalOptions::default() };
+    let (wal, recovered) = Wal::open(Arc::new(RealFiles), &paths.wal, options).map_err(because)?;
     if let Some(torn) = &recovered.repaired_tail {
         tracing::warn!(?torn, "the log ended in a record that was being written; cut off");
     }
@@ -91,6 +101,8 @@ type OpenedCheckpoint = (CheckpointStore, Option<(Boundary, State)>);
 fn open_checkpoint(path: &Path) -> Result<OpenedCheckpoint, RecoveryError> {
     match try_open(path) {
         Ok(opened) => Ok(opened),
+        // Nothing is wrong with what is there: moving it aside would only lose it.
+        Err(error @ OpenError::Io(_)) => Err(because(error)),
         Err(error) => {
             tracing::error!(%error, "checkpoint store is not usable; moved aside and rebuilt");
             checkpoint::set_aside(path).map_err(because)?;
@@ -99,13 +111,19 @@ fn open_checkpoint(path: &Path) -> Result<OpenedCheckpoint, RecoveryError> {
     }
 }
 
-fn try_open(path: &Path) -> Result<OpenedCheckpoint, CheckpointError> {
-    let (store, root) = CheckpointStore::open(path, CheckpointOptions::default())
-        .map_err(CheckpointError::other)?;
+fn try_open(path: &Path) -> Result<OpenedCheckpoint, OpenError> {
+    let (store, root) = CheckpointStore::open(path, CheckpointOptions::default())?;
     let Some(root) = root else { return Ok((store, None)) };
-    let boundary = boundary_decode(&root.header).map_err(CheckpointError::other)?;
-    let mut restore = Restore::new(&boundary.state).map_err(CheckpointError::other)?;
-    store.load(&mut |key, value| restore.insert(key, value).map_err(CheckpointError::other))?;
-    let state = restore.finish().map_err(CheckpointError::other)?;
+    let boundary = boundary_decode(&root.header).map_err(unusable)?;
+    let mut restore = Restore::new(&boundary.state).map_err(unusable)?;
+    let insert = &mut |key: &[u8], value: &[u8]| {
+        restore.insert(key, value).map_err(|error| CheckpointError::Record(error.to_string()))
+    };
+    store.load(insert).map_err(unusable)?;
+    let state = restore.finish().map_err(unusable)?;
     Ok((store, Some((boundary, state))))
+}
+
+fn unusable(error: impl std::fmt::Display) -> OpenError {
+    OpenError::Unusable { reason: error.to_string() }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use openraft::async_runtime::watch::WatchReceiver as _;
-use openraft::{Config, ServerState, SnapshotPolicy};
+use openraft::{Config, SnapshotPolicy};
 use tokio::task::JoinSet;
 
 use super::barrier::{BarrierParts, Barriers};
@@ -20,14 +20,13 @@ use super::log::{Durable, LogStore};
 use super::machine::{Core, StateMachine};
 use super::network::{Identity, NetworkFactory, Peers};
 use super::proposals::Proposals;
-use super::recovery::{Recovery, RecoveryError, recover};
+use super::recovery::{Recovery, RecoveryError, StoragePaths, recover};
 use super::sweeper::Sweeper;
-use super::types::{EntryPayload, Member, Raft};
 use super::ticker;
+use super::types::{EntryPayload, Member, Raft};
 use crate::clock::Clock;
 use crate::proto::peer;
 use crate::state::{self, Stamp};
-use crate::storage::directory::DataDirectory;
 use crate::storage::wal::Wal;
 
 /// Raft's pace.
@@ -54,7 +53,6 @@ pub(crate) struct Replica {
     pub(crate) raft: Raft,
     pub(crate) core: Arc<Core>,
     pub(crate) clock: Arc<ClusterClock>,
-    pub(crate) leadership: Arc<Leadership>,
     pub(crate) proposals: Arc<Proposals>,
     pub(crate) barriers: Arc<Barriers>,
     pub(crate) snapshots: PathBuf,
@@ -68,10 +66,10 @@ pub(crate) struct Replica {
 }
 
 /// What a replica is started with.
-pub(crate) struct ReplicaParts<'a> {
+pub(crate) struct ReplicaParts {
     pub(crate) identity: Identity,
     pub(crate) founders: BTreeMap<u64, Member>,
-    pub(crate) directory: &'a DataDirectory,
+    pub(crate) paths: StoragePaths,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) timeouts: RaftTimeouts,
     pub(crate) checkpoints: CheckpointPolicy,
@@ -103,16 +101,16 @@ fn raft_config(timeouts: RaftTimeouts) -> Result<Config, RecoveryError> {
 
 impl Replica {
     /// Recovers from disk and takes part. Blocks while it reads the disk.
-    pub(crate) async fn start(parts: ReplicaParts<'_>) -> Result<Arc<Self>, RecoveryError> {
+    pub(crate) async fn start(parts: ReplicaParts) -> Result<Arc<Self>, RecoveryError> {
         let config = Arc::new(raft_config(parts.timeouts)?);
         let Recovery { store, checkpoint_index, snapshot, state, replace_with, wal, recovered } =
-            recover(parts.directory)?;
+            recover(&parts.paths)?;
         let log = LogStore::new(wal.clone(), &recovered).map_err(RecoveryError::new)?;
         let durable = log.durable();
         let highest = highest_stamp(&wal, &recovered, state.as_ref().map(|(_, s)| s.clock()))?;
         let core = Core::new(state, replace_with);
         let clock = Arc::new(ClusterClock::new(parts.clock.clone(), highest));
-        let snapshots = parts.directory.snapshots_path();
+        let snapshots = parts.paths.snapshots;
         let (snapshot_due, mut snapshots_due) = tokio::sync::mpsc::channel::<()>(1);
         let checkpoints = parts.checkpoints.clone();
         let checkpointer = Checkpointer::start(CheckpointerParts {
@@ -127,7 +125,9 @@ impl Replica {
             clock: parts.clock.clone(),
             halt: parts.halt.clone(),
             // One request waiting is as good as many.
-            snapshot_due: Box::new(move || drop(snapshot_due.try_send(()))),
+            snapshot_due: Box::new(move || {
+                let _ = snapshot_due.try_send(());
+            }),
         })
         .map_err(RecoveryError::new)?;
         let peers = Peers::new(parts.identity, clock.clone());
@@ -206,7 +206,6 @@ impl Replica {
             raft,
             core,
             clock,
-            leadership,
             proposals,
             barriers,
             snapshots,
@@ -262,10 +261,6 @@ impl Replica {
             )),
             _ => Ok(()),
         }
-    }
-
-    pub(crate) fn server_state(&self) -> ServerState {
-        self.raft.server_metrics().borrow_watched().state
     }
 
     /// Drains and stops: a last checkpoint, the log closed.

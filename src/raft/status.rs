@@ -175,9 +175,10 @@ impl Node {
         status.snapshot_index = index(metrics.snapshot);
         status.purged_index = index(metrics.purged);
         status.applied_index = index(replica.core.last_applied());
-        (status.revision, status.state_digest, status.sessions) = replica.core.read(|state: &State| {
-            (state.revision().0, state.digest().to_string(), state.sessions())
-        });
+        (status.revision, status.state_digest, status.sessions) =
+            replica.core.read(|state: &State| {
+                (state.revision().0, state.digest().to_string(), state.sessions())
+            });
         status.cluster_time = replica.clock.now();
         let checkpoint = replica.checkpointer.status();
         let checkpointed = checkpoint.index.unwrap_or(0);

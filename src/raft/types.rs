@@ -61,7 +61,7 @@ impl fmt::Display for PackReply {
 
 /// What the membership says of a node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Member {
+pub(crate) struct Member {
     /// host:port where other nodes reach it.
     pub peer_address: String,
     /// host:port where clients reach it.

@@ -18,8 +18,8 @@ use crate::limits::{
 };
 use crate::raft::{Node, ReadError, WriteError};
 use crate::state::{
-    Attribute, Command, Digest, Namespace, Outcome, Query, QueryReply, Reply, Request, Revision,
-    Session, SessionKey, State, Timeout, Timestamp, TouchNeed,
+    Attribute, Command, Digest, Namespace, Outcome, Query, QueryReply, Reply, Revision, Session,
+    SessionKey, State, Timeout, Timestamp, TouchNeed,
 };
 
 /// How fresh a read has to be.
@@ -373,10 +373,12 @@ impl Sessions {
             Err(error) => return done(Err(error)),
         };
         self.node.write(&command, resend, call.deadline.0, move |result| {
-            done(written(result).map(|written| Updated {
-                revision: written.revision,
-                expires: written.deadline,
-            }));
+            done(
+                written(result).map(|written| Updated {
+                    revision: written.revision,
+                    expires: written.deadline,
+                }),
+            );
         });
     }
 
@@ -425,8 +427,7 @@ impl Sessions {
         done: impl FnOnce(Result<Touched, Error>) + Send + 'static,
     ) {
         let request = self.request_ids.complete(&self.node, call, context);
-        let (request, key) = match request.and_then(|r| Ok((r, session_key(namespace, session)?)))
-        {
+        let (request, key) = match request.and_then(|r| Ok((r, session_key(namespace, session)?))) {
             Ok(built) => built,
             Err(error) => return done(Err(error)),
         };
@@ -471,8 +472,7 @@ impl Sessions {
         done: impl FnOnce(Result<Deleted, Error>) + Send + 'static,
     ) {
         let request = self.request_ids.complete(&self.node, call, context);
-        let (request, key) = match request.and_then(|r| Ok((r, session_key(namespace, session)?)))
-        {
+        let (request, key) = match request.and_then(|r| Ok((r, session_key(namespace, session)?))) {
             Ok(built) => built,
             Err(error) => return done(Err(error)),
         };
@@ -646,8 +646,7 @@ fn valid_namespace(namespace: String) -> Result<Namespace, Error> {
 
 /// Ids are cookie values (RFC 6265 cookie-octet), less those that break in headers and URLs.
 fn valid_id(id: &str) -> Result<(), Error> {
-    let allowed =
-        |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~!$&'*+^`|#%".contains(&byte);
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~!$&'*+^`|#%".contains(&byte);
     let length = id.len();
     if !(SESSION_ID_CHARS_MIN..=SESSION_ID_CHARS_MAX).contains(&length) || !id.bytes().all(allowed)
     {
@@ -712,10 +711,7 @@ fn valid_attributes(
     Ok(valid)
 }
 
-fn valid_timeout(
-    field: &'static str,
-    timeout: Option<Timeout>,
-) -> Result<Option<Timeout>, Error> {
+fn valid_timeout(field: &'static str, timeout: Option<Timeout>) -> Result<Option<Timeout>, Error> {
     let outside = |length: Duration| !(TIMEOUT_MIN..=TIMEOUT_MAX).contains(&length);
     match timeout {
         Some(Timeout::After(length)) if outside(length) => Err(Error::invalid(

@@ -81,11 +81,7 @@ pub fn decode<T: DeserializeOwned>(version: u8, bytes: &[u8]) -> Result<T, Envel
 ///
 /// # Errors
 /// [`EnvelopeError::Encode`] when it is too large.
-pub fn seal<T: Serialize>(
-    magic: Magic,
-    version: u8,
-    value: &T,
-) -> Result<Vec<u8>, EnvelopeError> {
+pub fn seal<T: Serialize>(magic: Magic, version: u8, value: &T) -> Result<Vec<u8>, EnvelopeError> {
     let mut bytes = magic.to_vec();
     bytes.push(version);
     append(&mut bytes, value)?;

@@ -178,10 +178,7 @@ fn is_lock(error: &io::Error) -> bool {
 /// Whether the trouble lies outside what is stored, so that setting it aside would be wrong.
 fn is_outside(error: &io::Error) -> bool {
     use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
-    matches!(
-        error.kind(),
-        PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull
-    )
+    matches!(error.kind(), PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull)
 }
 
 fn remove_unfinished_indexes(directory: &Path) -> io::Result<()> {

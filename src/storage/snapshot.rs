@@ -608,8 +608,7 @@ mod tests {
     fn names(directory: &Path) -> Vec<String> {
         let entries = fs::read_dir(directory).unwrap();
         let name = |entry: io::Result<fs::DirEntry>| entry.unwrap().file_name();
-        let mut names: Vec<_> =
-            entries.map(name).map(|name| name.into_string().unwrap()).collect();
+        let mut names: Vec<_> = entries.map(name).map(|name| name.into_string().unwrap()).collect();
         names.sort();
         names
     }

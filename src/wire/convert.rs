@@ -60,10 +60,7 @@ fn timeout_out(timeout: Timeout) -> Option<prost_types::Duration> {
     }
 }
 
-fn timeout_in(
-    field: &'static str,
-    timeout: Option<v1::Timeout>,
-) -> Result<Option<Timeout>, Error> {
+fn timeout_in(field: &'static str, timeout: Option<v1::Timeout>) -> Result<Option<Timeout>, Error> {
     use v1::timeout::Timeout as Choice;
     match timeout.and_then(|timeout| timeout.timeout) {
         None => Ok(None),
@@ -73,9 +70,7 @@ fn timeout_in(
             "INVALID_TIMEOUT",
             format!("{field}.never is false; leave it out or set it to true"),
         )),
-        Some(Choice::After(length)) => {
-            Ok(Some(Timeout::After(duration_in(field, length)?)))
-        }
+        Some(Choice::After(length)) => Ok(Some(Timeout::After(duration_in(field, length)?))),
     }
 }
 
@@ -154,8 +149,7 @@ impl Wanted {
     }
 
     fn attributes(&self, session: &Session) -> BTreeMap<String, Bytes> {
-        let owned =
-            |(name, value): (&str, &[u8])| (name.to_owned(), Bytes::copy_from_slice(value));
+        let owned = |(name, value): (&str, &[u8])| (name.to_owned(), Bytes::copy_from_slice(value));
         match self {
             Self::All => session.attributes().map(owned).collect(),
             Self::None => BTreeMap::new(),

@@ -14,10 +14,10 @@ use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 
 use crate::limits::REQUEST_BYTES_MAX;
+use crate::proto::DESCRIPTORS;
 use crate::proto::v1::cluster_service_server::ClusterServiceServer;
 use crate::proto::v1::pipeline_service_server::PipelineServiceServer;
 use crate::proto::v1::session_service_server::SessionServiceServer;
-use crate::proto::DESCRIPTORS;
 use crate::raft::Node;
 use crate::service::{Cluster, Sessions};
 

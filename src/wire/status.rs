@@ -47,4 +47,3 @@ pub(super) fn pipeline_error(error: Error) -> v1::PipelineError {
 pub(super) fn empty_request() -> Error {
     Error::invalid("request", "EMPTY_REQUEST", "the message holds no request that is known here")
 }
-

@@ -53,8 +53,8 @@ use self::block::{block_key, blocks_end, generation_of, root_key, roots_end, run
 use self::fold::Fold;
 use self::root::Root;
 pub use self::root::{CheckpointRoot, HEADER_BYTES_MAX};
-use self::run::{Merge, Run, RunWriter};
 pub use self::run::{KEY_BYTES_MAX, VALUE_BYTES_MAX};
+use self::run::{Merge, Run, RunWriter};
 use super::sled::{SledError, SledStore};
 use super::snapshot::SnapshotError;
 
@@ -184,10 +184,11 @@ impl CheckpointStore {
         directory: &Path,
         options: CheckpointOptions,
     ) -> Result<(Self, Option<CheckpointRoot>), OpenError> {
-        let store = SledStore::open(directory, options.cache_bytes).map_err(|error| match error {
-            SledError::Unusable(reason) => OpenError::Unusable { reason },
-            SledError::Io(error) => OpenError::Io(error),
-        })?;
+        let store =
+            SledStore::open(directory, options.cache_bytes).map_err(|error| match error {
+                SledError::Unusable(reason) => OpenError::Unusable { reason },
+                SledError::Io(error) => OpenError::Io(error),
+            })?;
         Self::over(Arc::new(store), options)
             .map_err(|error| OpenError::Unusable { reason: error.to_string() })
     }
@@ -211,16 +212,8 @@ impl CheckpointStore {
         let next_run = garbage.back().map_or(next_run, |run| next_run.max(run.id + 1));
         let runs = runs.into_iter().map(Arc::new).collect();
         let found = root.clone();
-        let checkpoints = Self {
-            store,
-            options,
-            root,
-            runs,
-            next_run,
-            fold: None,
-            garbage,
-            poisoned: false,
-        };
+        let checkpoints =
+            Self { store, options, root, runs, next_run, fold: None, garbage, poisoned: false };
         Ok((checkpoints, found))
     }
 
