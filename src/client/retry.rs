@@ -82,7 +82,7 @@ impl Client {
         let timeout = deadline.saturating_duration_since(now).min(self.attempt_timeout);
         // Copies the request only if the attempt before is still in the transport's hands.
         if !progress.dated {
-            self.date(Arc::make_mut(request))?;
+            self.date(Arc::make_mut(request)).inspect_err(|_| self.pool.complain(&connection))?;
             progress.dated = true;
         } else if progress.sent
             && let Some(Some(context)) = context(Arc::make_mut(request))
@@ -105,8 +105,8 @@ impl Client {
     fn date(&self, request: &mut Request) -> Result<(), Failure> {
         let Some(context) = context(request) else { return Ok(()) };
         let Some(now) = self.pool.time.now() else {
-            let message = "the node did not tell the cluster's time";
-            return Err(Failure::NotSent(Error::internal(message)));
+            let message = "the node has not heard the cluster's time yet";
+            return Err(Failure::NotSent(Error::unavailable(message)));
         };
         let lifetime = self.timeout.min(EXPIRE_AFTER_MAX);
         let expiry = now.saturating_add(i64::try_from(lifetime.as_millis()).unwrap_or(i64::MAX));

@@ -73,6 +73,12 @@ impl ClusterClock {
         inner.stamp()
     }
 
+    /// Whether the estimate rests on somebody who knew the time. Before, it is only a bound from
+    /// below, and nothing should be dated by it.
+    pub(crate) fn is_synced(&self) -> bool {
+        self.lock().synced
+    }
+
     /// Local monotonic time, for deadlines of work on this node.
     pub(crate) fn monotonic(&self) -> Duration {
         self.clock.monotonic()

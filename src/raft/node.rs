@@ -329,7 +329,7 @@ impl Node {
         done: impl FnOnce(Result<Reply, WriteError>) + Send + 'static,
     ) {
         let Some(replica) = self.replica.get() else {
-            done(Err(self.halt.reason().map_or(WriteError::NotInitialized, WriteError::Halted)));
+            done(Err(self.unavailable()));
             return;
         };
         let urgent = matches!(command, Command::DeleteSession { .. });
@@ -349,6 +349,15 @@ impl Node {
             urgent,
             Box::new(done),
         );
+    }
+
+    /// Why a node that cannot date a request does not take it.
+    pub fn unavailable(&self) -> WriteError {
+        match (self.halt.reason(), self.replica.get()) {
+            (Some(reason), _) => WriteError::Halted(reason),
+            (None, None) => WriteError::NotInitialized,
+            (None, Some(_)) => WriteError::NoLeader,
+        }
     }
 
     /// Looks at the state once that is linearizable. `look` is called once, by the deadline.
@@ -403,9 +412,10 @@ impl Node {
         });
     }
 
-    /// The node's estimate of cluster time.
-    pub fn cluster_time(&self) -> Stamp {
-        self.replica.get().map(|replica| replica.clock.now()).unwrap_or_default()
+    /// The node's estimate of cluster time; `None` while it has not heard of it.
+    pub fn cluster_time(&self) -> Option<Stamp> {
+        let clock = &self.replica.get()?.clock;
+        clock.is_synced().then(|| clock.now())
     }
 
     /// Local monotonic time, in which deadlines are given.

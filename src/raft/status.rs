@@ -67,8 +67,8 @@ pub struct NodeStatus {
     pub state_digest: String,
     /// Live sessions and those not swept yet.
     pub sessions: u64,
-    /// The node's estimate.
-    pub cluster_time: Stamp,
+    /// The node's estimate; `None` while it has not heard of it.
+    pub cluster_time: Option<Stamp>,
     /// Entries behind the newest checkpoint.
     pub checkpoint_lag_entries: u64,
     /// Bytes of log behind the newest checkpoint.
@@ -150,7 +150,7 @@ impl Node {
             revision: 0,
             state_digest: String::new(),
             sessions: 0,
-            cluster_time: Stamp::default(),
+            cluster_time: None,
             checkpoint_lag_entries: 0,
             checkpoint_lag_bytes: 0,
             checkpoint_age: None,
@@ -179,7 +179,7 @@ impl Node {
             replica.core.read(|state: &State| {
                 (state.revision().0, state.digest().to_string(), state.sessions())
             });
-        status.cluster_time = replica.clock.now();
+        status.cluster_time = replica.clock.is_synced().then(|| replica.clock.now());
         let checkpoint = replica.checkpointer.status();
         let checkpointed = checkpoint.index.unwrap_or(0);
         status.checkpoint_lag_entries = status.applied_index.saturating_sub(checkpointed);

@@ -83,7 +83,7 @@ impl RequestIds {
                 "a resend needs the request_id and first_sent_time of the first sending",
             ));
         }
-        let now = node.cluster_time().time;
+        let now = node.cluster_time().ok_or_else(|| Error::from(node.unavailable()))?.time;
         let first_sent = context.first_sent.unwrap_or(now);
         let remaining = call.deadline.0.saturating_sub(node.monotonic());
         let expires = context.expires.unwrap_or_else(|| now.plus(remaining));

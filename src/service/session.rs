@@ -312,7 +312,7 @@ impl Sessions {
             Err(error) => return done(Err(error)),
         };
         let query = Query::GetSession(key.clone());
-        let now = self.node.cluster_time().time;
+        let now = request.first_sent;
         self.read(&call, consistency, move |state| {
             let state = match state {
                 Ok(state) => state,
@@ -432,7 +432,10 @@ impl Sessions {
             Err(error) => return done(Err(error)),
         };
         let (node, deadline) = (self.node.clone(), call.deadline.0);
-        let now = self.node.cluster_time().time;
+        // An access counts from when it is made here, not from when a resend was first sent.
+        let Some(now) = self.node.cluster_time().map(|stamp| stamp.time) else {
+            return done(Err(self.node.unavailable().into()));
+        };
         self.node.read(deadline, move |state| {
             let state = match state {
                 Ok(state) => state,

@@ -27,7 +27,7 @@ pub(super) fn describe(cluster: &Cluster) -> v1::DescribeResponse {
         node_id: node.node_id(),
         leader_id,
         leader_address: leader.map(|member| member.client_address.clone()).unwrap_or_default(),
-        cluster_time: cluster_id.map(|_| timestamp_out(node.cluster_time().time)),
+        cluster_time: node.cluster_time().map(|stamp| timestamp_out(stamp.time)),
         members: members.into_iter().map(member_out).collect(),
     }
 }

@@ -332,7 +332,7 @@ pub(super) fn status_out(status: NodeStatus, resident_bytes: u64) -> v1::StatusR
         purged_index: status.purged_index,
         revision: status.revision,
         state_digest: status.state_digest,
-        cluster_time: status.cluster_id.map(|_| timestamp_out(status.cluster_time.time)),
+        cluster_time: status.cluster_time.map(|stamp| timestamp_out(stamp.time)),
         sessions: status.sessions,
         checkpoint_lag_entries: status.checkpoint_lag_entries,
         checkpoint_lag_bytes: status.checkpoint_lag_bytes,
