@@ -22,6 +22,8 @@ mod proposals;
 mod recovery;
 mod replica;
 mod status;
+#[cfg(test)]
+mod suite_test;
 mod sweeper;
 mod ticker;
 mod types;

@@ -1,0 +1,70 @@
+//! openraft's own suite for log stores and state machines, run on ours.
+
+use std::sync::Arc;
+
+use openraft::testing::log::{StoreBuilder, Suite};
+
+use super::checkpointer::{CheckpointPolicy, Checkpointer, CheckpointerParts};
+use super::clock::ClusterClock;
+use super::halt::Halt;
+use super::log::LogStore;
+use super::machine::{Core, StateMachine};
+use super::recovery::{Recovery, StoragePaths, recover};
+use super::types::TypeConfig;
+use crate::clock::SystemClock;
+use crate::state::Stamp;
+
+struct Stores;
+
+/// Ends the threads before the directory goes.
+struct Guard {
+    checkpointer: Checkpointer,
+    log: LogStore,
+    _directory: tempfile::TempDir,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.log.durable().fail();
+        self.checkpointer.stop();
+    }
+}
+
+impl StoreBuilder<TypeConfig, LogStore, StateMachine, Guard> for Stores {
+    async fn build(
+        &self,
+    ) -> Result<(Guard, LogStore, StateMachine), openraft::StorageError<TypeConfig>> {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = StoragePaths {
+            wal: directory.path().join("wal"),
+            checkpoint: directory.path().join("sled"),
+            snapshots: directory.path().join("snapshots"),
+        };
+        let Recovery { store, wal, recovered, .. } = recover(&paths).unwrap();
+        let log = LogStore::new(wal.clone(), &recovered).unwrap();
+        let core = Core::new(None, None);
+        let checkpointer = Checkpointer::start(CheckpointerParts {
+            store,
+            core: core.clone(),
+            durable: log.durable(),
+            wal,
+            snapshots: paths.snapshots,
+            snapshot: None,
+            index: None,
+            policy: CheckpointPolicy::default(),
+            clock: Arc::new(SystemClock),
+            halt: Halt::new(),
+            snapshot_due: Box::new(|| {}),
+        })
+        .unwrap();
+        let clock = Arc::new(ClusterClock::new(Arc::new(SystemClock), Stamp::default()));
+        let machine = StateMachine::new(core, clock, checkpointer.clone());
+        let guard = Guard { checkpointer, log: log.clone(), _directory: directory };
+        Ok((guard, log, machine))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn openraft_suite() {
+    Suite::<TypeConfig, LogStore, StateMachine, Stores, Guard>::test_all(Stores).await.unwrap();
+}
