@@ -154,6 +154,20 @@ pub fn replace(files: &dyn Files, path: &Path, bytes: &[u8]) -> io::Result<()> {
     files.sync_dir(parent(path))
 }
 
+/// Creates a directory and those above it, where missing, so that a power cut does not take them
+/// away again.
+pub fn create_dir_durably(files: &dyn Files, directory: &Path) -> io::Result<()> {
+    let mut missing = Vec::new();
+    for ancestor in directory.ancestors().filter(|path| !path.as_os_str().is_empty()) {
+        if files.exists(ancestor)? {
+            break;
+        }
+        missing.push(ancestor);
+    }
+    files.create_dir_all(directory)?;
+    missing.into_iter().rev().try_for_each(|created| files.sync_dir(parent(created)))
+}
+
 /// Reads a whole file, or refuses one of more than `bytes_max` bytes.
 pub fn read_whole(files: &dyn Files, path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     let file = files.open(path)?;
@@ -184,7 +198,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let files = RealFiles;
         let nested = directory.path().join("a/b");
-        files.create_dir_all(&nested).unwrap();
+        create_dir_durably(&files, &nested).unwrap();
+        create_dir_durably(&files, &nested).unwrap();
         let path = nested.join("file");
         assert!(!files.exists(&path).unwrap());
         replace(&files, &path, b"one").unwrap();

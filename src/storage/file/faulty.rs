@@ -7,8 +7,8 @@
 //! - Of what was not synced, each 512-byte sector is there or not: none, all, a random subset, or
 //!   those below a random offset.
 //! - Of the creations, renames and removals since the last sync of a directory, a random prefix
-//!   happened, as on a file system with a journal. Syncing a file does not make its name durable,
-//!   which is harsher than ext4.
+//!   happened, as on a file system with a journal, or even a random subset, as POSIX allows.
+//!   Syncing a file does not make its name durable, which is harsher than ext4 too.
 //! - A sync that is told to fail leaves the data visible and forgets that they were not written:
 //!   from then on only writing them again can save them.
 
@@ -136,9 +136,12 @@ impl FaultyFiles {
     pub(crate) fn power_cut(&self, random: &mut Random) -> FaultyFiles {
         let disk = self.lock();
         let mut names = disk.names_durable.clone();
+        let in_order = random.one_in(2);
         let kept = random.below(disk.names_pending.len() as u64 + 1) as usize;
-        for change in &disk.names_pending[..kept] {
-            change.apply(&mut names);
+        for (position, change) in disk.names_pending.iter().enumerate() {
+            if if in_order { position < kept } else { random.one_in(2) } {
+                change.apply(&mut names);
+            }
         }
         let inodes = disk.inodes.iter().map(|inode| inode.power_cut(random)).collect();
         let directories = disk.directories.clone();

@@ -44,6 +44,7 @@ use bytes::Bytes;
 use crate::storage::file::Files;
 
 mod batch;
+mod error;
 mod log;
 mod reader;
 mod recovery;
@@ -55,6 +56,8 @@ mod tests;
 mod words;
 mod writer;
 
+pub use self::error::WalError;
+use self::error::io_error;
 use self::log::Log;
 use self::segment::Segment;
 use self::statistics::Counters;
@@ -149,44 +152,6 @@ pub struct TornTail {
     pub bytes: u64,
 }
 
-/// Why the log refuses to open, to take an operation, or to go on.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum WalError {
-    /// What is on disk is not what was written. The log was left as it is.
-    #[error("{} is damaged at offset {offset}: {reason}", file.display())]
-    Corrupt {
-        /// The segment.
-        file: PathBuf,
-        /// Where the first damage was noticed, in bytes.
-        offset: u64,
-        /// What is wrong, and how it is known.
-        reason: String,
-    },
-    /// The disk failed. A log that was open has stopped for good.
-    #[error("cannot {action} {}: {error}", file.display())]
-    Io {
-        /// A verb, such as `sync`.
-        action: &'static str,
-        /// The file or directory.
-        file: PathBuf,
-        /// What the operating system said.
-        error: Arc<io::Error>,
-    },
-    /// The caller broke the contract; nothing happened.
-    #[error("refused by the log: {0}")]
-    Refused(String),
-    /// The log was closed before the operation was queued.
-    #[error("the log is closed")]
-    Closed,
-    /// The log's thread died of a bug of ours.
-    #[error("the log stopped unexpectedly")]
-    Stopped,
-}
-
-fn io_error(action: &'static str, file: &Path, error: io::Error) -> WalError {
-    WalError::Io { action, file: file.to_owned(), error: Arc::new(error) }
-}
-
 /// What the log did and holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WalStatistics {
@@ -250,6 +215,9 @@ struct State {
     position: u64,
     counters: Counters,
 }
+
+/// Why an operation does not get into the queue, and who is to be told.
+type Refusal = (WalError, Completion);
 
 /// An operation in the queue.
 enum Operation {
@@ -501,7 +469,7 @@ impl Shared {
     fn submit(
         &self,
         done: Completion,
-        build: impl FnOnce(&mut State, &Shared, Completion) -> Result<Operation, (WalError, Completion)>,
+        build: impl FnOnce(&mut State, &Shared, Completion) -> Result<Operation, Refusal>,
     ) {
         let mut state = self.lock();
         let outcome = match &state.stopped {
@@ -544,11 +512,11 @@ impl Shared {
             if record.header.len() > RECORD_HEADER_BYTES_MAX
                 || record.bytes() > self.record_bytes_max
             {
+                let (header, payload) = (record.header.len(), record.payload.len());
+                let (header_max, bytes_max) = (RECORD_HEADER_BYTES_MAX, self.record_bytes_max);
                 let refusal = format!(
-                    "a record of {} + {} bytes; the largest is {RECORD_HEADER_BYTES_MAX}, {} in all",
-                    record.header.len(),
-                    record.payload.len(),
-                    self.record_bytes_max
+                    "a record of {header} + {payload} bytes; the most is {header_max}, and \
+                     {bytes_max} together"
                 );
                 return Err(WalError::Refused(refusal));
             }

@@ -9,8 +9,8 @@
 //!   batch was being written when the power went; as the next one is only written once this one is
 //!   synced, it was never acknowledged. It is overwritten with zeros and synced, lest parts of it
 //!   ever be taken for something.
-//! - **Corruption**: a batch that should be there is not, or is damaged, and a later one proves that
-//!   it was once complete. The log is refused, and left as it is. So is a log that ends before what
+//! - **Corruption**: a batch that should be there is not, or is damaged, and a later one proves
+//!   that it was once complete. The log is refused, and left as it is. So is a log that ends before what
 //!   `must_contain` or its own `committed` vouch for, and one whose batches contradict each other
 //!   although their checksums are right.
 //!
@@ -35,7 +35,7 @@ use super::segment::{self, FIRST_BATCH, Segment};
 use super::words::Words;
 use super::writer::Span;
 use super::{BATCH_BYTES_MAX, Recovered, TornTail, WalError, WalOptions, io_error};
-use crate::storage::file::{Files, parent};
+use crate::storage::file::{Files, create_dir_durably};
 
 /// Bytes of a file that are read at once.
 const WINDOW_BYTES: u64 = 4 * 1024 * 1024;
@@ -82,14 +82,8 @@ fn open_segments(
     files: &dyn Files,
     directory: &Path,
 ) -> Result<(Vec<Arc<Segment>>, Vec<String>), WalError> {
-    let create = || -> io::Result<Vec<String>> {
-        if !files.exists(directory)? {
-            files.create_dir_all(directory)?;
-            files.sync_dir(parent(directory))?;
-        }
-        files.list(directory)
-    };
-    let names = create().map_err(|error| io_error("open", directory, error))?;
+    let names = create_dir_durably(files, directory).and_then(|()| files.list(directory));
+    let names = names.map_err(|error| io_error("open", directory, error))?;
     let mut numbers: Vec<u32> = names.iter().filter_map(|name| segment::number_of(name)).collect();
     numbers.sort_unstable();
     let mut segments = Vec::with_capacity(numbers.len());

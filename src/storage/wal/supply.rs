@@ -111,8 +111,12 @@ impl Supply {
         }
         let ordered_before = self.under_way;
         self.order();
+        // The first segment of all is waited for by the start, not by a batch.
+        let waits = self.waits;
         let mut segment = self.wait();
-        if segment.is_err() && ordered_before {
+        if !ordered_before {
+            self.waits = waits;
+        } else if segment.is_err() {
             self.order();
             segment = self.wait();
         }

@@ -342,3 +342,24 @@ fn a_failed_sync_stops_the_log_for_good() {
     }
     assert!(stopped > 100 && survived > 10, "{stopped} {survived}");
 }
+
+/// A process that dies between naming a segment and syncing the name leaves a segment that the
+/// next one finds and uses, and a power cut must not take it away then.
+#[test]
+fn a_segment_whose_name_was_never_synced_is_made_durable() {
+    for operation in 1..=12 {
+        for seed in 0..8 {
+            let files = FaultyFiles::new();
+            files.stop_at(operation);
+            let opened = Wal::open_by_hand(Arc::new(files.clone()), directory(), small());
+            assert_eq!(opened.is_err(), files.stopped());
+            drop(opened);
+            let files = files.process_kill();
+            let (wal, ..) = open(&files).unwrap();
+            append(&wal, 1, vec![numbered(1, 10)]).unwrap();
+            let (_, recovered) = open(&files.power_cut(&mut Random(seed))).unwrap();
+            let context = format!("operation {operation}, seed {seed}");
+            assert_eq!(recovered.last_index, Some(1), "{context}");
+        }
+    }
+}
