@@ -81,11 +81,7 @@ pub fn decode<T: DeserializeOwned>(version: u8, bytes: &[u8]) -> Result<T, Envel
 ///
 /// # Errors
 /// [`EnvelopeError::Encode`] when it is too large.
-pub fn seal<T: Serialize>(
-    magic: Magic,
-    version: u8,
-    value: &T,
-) -> Result<Vec<u8>, EnvelopeError> {
+pub fn seal<T: Serialize>(magic: Magic, version: u8, value: &T) -> Result<Vec<u8>, EnvelopeError> {
     let mut bytes = magic.to_vec();
     bytes.push(version);
     append(&mut bytes, value)?;
@@ -162,7 +158,7 @@ mod tests {
         let expected = "010107fd0000000000010000fe00000000000000000000000010000000026162 03010203";
         assert_eq!(hex(&encode(1, &full()).unwrap()), expected.replace(' ', ""));
         let sealed = seal(*b"QRTEST\0\0", 3, &Shape::Empty).unwrap();
-        assert_eq!(hex(&sealed), "5152544553540000030072eb53ef");
+        assert_eq!(hex(&sealed), "51525445535400000300830b0342");
     }
 
     #[test]
