@@ -158,7 +158,7 @@ mod tests {
         let expected = "010107fd0000000000010000fe00000000000000000000000010000000026162 03010203";
         assert_eq!(hex(&encode(1, &full()).unwrap()), expected.replace(' ', ""));
         let sealed = seal(*b"QRTEST\0\0", 3, &Shape::Empty).unwrap();
-        assert_eq!(hex(&sealed), "5152544553540000030072eb53ef");
+        assert_eq!(hex(&sealed), "51525445535400000300830b0342");
     }
 
     #[test]

@@ -25,11 +25,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::checkpoint::{BlockStore, StoreError};
-use super::durable::sync_directory;
+use super::durable::{sync_directory, write_file};
+use super::envelope::{self, Magic};
 
 /// How often, and how long apart, a lock that is still held is tried again: 5 s in all.
 const LOCK_TRIES: u32 = 250;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
+/// The file, beside sled's own, that notes the newest finished checkpoint.
+const ACKNOWLEDGED: &str = "acknowledged";
+const MAGIC: Magic = *b"QRACKGEN";
+const VERSION: u8 = 1;
 
 /// Why sled was not opened.
 #[derive(Debug)]
@@ -122,6 +128,25 @@ impl BlockStore for SledStore {
     fn sync(&self) -> Result<(), StoreError> {
         guarded("flush sled", || self.database.flush())?;
         self.sync_files().map_err(|error| StoreError::new("sync sled's files", error))
+    }
+
+    fn acknowledge(&self, generation: u64) -> Result<(), StoreError> {
+        let failed = |error: String| StoreError::new("note the generation", error);
+        let bytes = envelope::seal(MAGIC, VERSION, &generation);
+        let bytes = bytes.map_err(|error| failed(error.to_string()))?;
+        write_file(&self.directory.join(ACKNOWLEDGED), &bytes)
+            .map_err(|error| failed(error.to_string()))
+    }
+
+    fn acknowledged(&self) -> Result<u64, StoreError> {
+        let failed = |error: String| StoreError::new("read the generation noted", error);
+        match fs::read(self.directory.join(ACKNOWLEDGED)) {
+            Ok(bytes) => {
+                envelope::unseal(MAGIC, VERSION, &bytes).map_err(|error| failed(error.to_string()))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+            Err(error) => Err(failed(error.to_string())),
+        }
     }
 
     fn disk_bytes(&self) -> u64 {

@@ -74,6 +74,18 @@ pub trait BlockStore: Send + Sync {
     /// The store is of no use any more.
     fn sync(&self) -> Result<(), StoreError>;
 
+    /// Notes, durably and apart from the map, that the checkpoint of that generation is durable.
+    ///
+    /// # Errors
+    /// It cannot be written; which generation is noted now is unknown.
+    fn acknowledge(&self, generation: u64) -> Result<(), StoreError>;
+
+    /// The generation noted last, 0 if there is none.
+    ///
+    /// # Errors
+    /// The note cannot be read.
+    fn acknowledged(&self) -> Result<u64, StoreError>;
+
     /// Bytes that the store takes up on disk.
     fn disk_bytes(&self) -> u64;
 }

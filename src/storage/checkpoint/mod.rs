@@ -23,18 +23,21 @@
 //!
 //! # Order
 //!
-//! Blocks, sync; root, sync; only then is what the new root no longer names removed. At opening,
-//! the newest root counts. If that one or one of its blocks is damaged or missing, the whole store
-//! is unusable, as an older root cannot be told from a lost acknowledgement: the caller moves it
-//! aside and rebuilds from snapshot and log.
+//! Blocks, sync; root, sync; its generation noted in a file of its own; only then is what the new
+//! root no longer names removed. At opening, the newest root counts. If it is damaged, if one of
+//! its blocks is, or if it is older than the generation noted (sled takes damage in its log for
+//! its end, and goes back to an older state as a whole without a word), then the store is
+//! unusable: the caller moves it aside and rebuilds from snapshot and log.
 //!
 //! # Caveats
 //!
-//! - A store that silently fell back to an older state of its own as a whole is not noticed here;
-//!   it is an older, consistent checkpoint. Whoever holds the log compares indexes.
-//! - Records of the oldest run that were changed since are on disk twice until they are folded.
+//! - What has changed since the last fold is on disk twice, and is read twice at a load.
+//! - Blocks are verified as they are read: [`load`](CheckpointStore::load), not opening, finds a
+//!   damaged one.
 
 mod block;
+#[cfg(test)]
+mod faulty;
 mod fold;
 mod root;
 mod run;
@@ -141,6 +144,9 @@ pub enum CheckpointError {
     Record(String),
 }
 
+/// Receives records: key and value. An error ends the reading and is handed through.
+pub type RecordSink<'a> = dyn FnMut(&[u8], &[u8]) -> Result<(), CheckpointError> + 'a;
+
 /// What one checkpoint did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct CheckpointStatistics {
@@ -158,7 +164,7 @@ pub struct CheckpointStatistics {
 
 /// The checkpoints of one state. Belongs to one thread.
 ///
-/// - `runs` is what the newest durable root names; the oldest comes first and holds no removals.
+/// - `runs` is what the newest durable root names, oldest first.
 /// - Every run in the store whose id is not in `runs` is in `garbage`, or the target of `fold`.
 /// - A run in `garbage` is removed only when nothing else refers to it: a [`FrozenCheckpoint`]
 ///   does. Only this struct hands out references, so their number cannot rise from one.
@@ -203,6 +209,12 @@ impl CheckpointStore {
     ) -> Result<(Self, Option<CheckpointRoot>), CheckpointError> {
         options.block_bytes = options.block_bytes.clamp(1, BLOCK_BYTES_MAX);
         let root = newest_root(store.as_ref())?;
+        let generation = root.as_ref().map_or(0, |root| root.public.generation);
+        let acknowledged = store.acknowledged()?;
+        if generation < acknowledged {
+            let reason = format!("it went back from generation {acknowledged} to {generation}");
+            return Err(CheckpointError::Corrupt { reason });
+        }
         let (root, runs, next_run) = match root {
             Some(Root { public, runs, next_run }) => (Some(public), runs, next_run),
             None => (None, Vec::new(), 0),
@@ -225,7 +237,7 @@ impl CheckpointStore {
     /// can come after all records were given: what was built of them must be dropped then.
     pub fn load(
         &self,
-        record: &mut dyn FnMut(&[u8], &[u8]) -> Result<(), CheckpointError>,
+        record: &mut RecordSink<'_>,
     ) -> Result<Option<CheckpointRoot>, CheckpointError> {
         let Some(root) = &self.root else { return Ok(None) };
         stream(&self.store, &self.runs, record)?;
@@ -404,6 +416,7 @@ impl CheckpointStore {
         self.store.sync()?;
         self.store.insert(&root_key(generation), &bytes)?;
         self.store.sync()?;
+        self.store.acknowledge(generation)?;
         if generation > 1 {
             self.store.remove(&root_key(generation - 1))?;
         }
@@ -460,10 +473,7 @@ impl FrozenCheckpoint {
     ///
     /// # Errors
     /// As [`CheckpointStore::load`].
-    pub fn records(
-        &self,
-        record: &mut dyn FnMut(&[u8], &[u8]) -> Result<(), CheckpointError>,
-    ) -> Result<(), CheckpointError> {
+    pub fn records(&self, record: &mut RecordSink<'_>) -> Result<(), CheckpointError> {
         stream(&self.store, &self.runs, record)
     }
 }
@@ -471,7 +481,7 @@ impl FrozenCheckpoint {
 fn stream(
     store: &Arc<dyn BlockStore>,
     runs: &[Arc<Run>],
-    record: &mut dyn FnMut(&[u8], &[u8]) -> Result<(), CheckpointError>,
+    record: &mut RecordSink<'_>,
 ) -> Result<(), CheckpointError> {
     let mut merge = Merge::new(store, runs)?;
     let mut live = |key: &[u8], value: Option<&[u8]>| match value {

@@ -214,6 +214,9 @@ impl RunReader {
     }
 }
 
+/// Receives key and value; `None` removes the key.
+pub(super) type MergeSink<'a> = dyn FnMut(&[u8], Option<&[u8]>) -> Result<(), CheckpointError> + 'a;
+
 /// Several runs read as one: in the order of their keys, of each key the newest record only.
 ///
 /// - `order` is a binary heap of the readers that are not at their end; a parent's (key, age)
@@ -249,11 +252,11 @@ impl Merge {
         Ok(merge)
     }
 
-    /// Hands the next key's newest record to `record`, with the bytes that were passed over for
-    /// it and for its older records; false at the end.
+    /// Hands the next key's newest record to `record`, and returns how many bytes it and its
+    /// older records have; `None` at the end.
     pub(super) fn step(
         &mut self,
-        record: &mut dyn FnMut(&[u8], Option<&[u8]>) -> Result<(), CheckpointError>,
+        record: &mut MergeSink<'_>,
     ) -> Result<Option<u64>, CheckpointError> {
         let Some(&newest) = self.order.first() else { return Ok(None) };
         let reader = &self.readers[newest];
