@@ -18,6 +18,9 @@ fn scripts() {
     let mut failed = Vec::new();
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "txt") {
+            continue;
+        }
         let script = std::fs::read_to_string(&path).unwrap();
         let found = run(&script);
         if found != script && update {
