@@ -56,7 +56,7 @@ impl State {
         let clock = self.clock.time;
         let revision = self.next_revision();
         let mut requests = Requests::default();
-        requests.remember(request, revision, clock);
+        requests.remember(request, resend, revision, clock);
         let facts = Facts {
             create_time: clock,
             created_revision: revision,
@@ -110,7 +110,7 @@ impl State {
         let clock = self.clock.time;
         let revision = self.next_revision();
         let before = facts.sliding();
-        facts.requests.remember(request, revision, clock);
+        facts.requests.remember(request, resend, revision, clock);
         facts.idle_timeout = idle_timeout.unwrap_or(facts.idle_timeout);
         if let Some(principal) = principal {
             facts.principal = principal.as_deref();
@@ -167,7 +167,7 @@ impl State {
         }
         check_version(session, expected_version)?;
         self.revision = self.next_revision();
-        requests.remember(request, self.revision, self.clock.time);
+        requests.remember(request, resend, self.revision, self.clock.time);
         self.end_session(key, &requests, Cause::Deleted, changes);
         Ok(written(self.revision, None))
     }

@@ -321,6 +321,7 @@ pub fn encode_record(record: &Record, out: &mut Vec<u8>) {
                 removed_time: tombstone.removed_time().0,
                 recent: stored_requests(&requests),
                 forgotten: requests.forgotten().0,
+                forgotten_resend: requests.forgotten_resend().0,
             };
             stored::record::Record::Tombstone(tombstone)
         }
@@ -339,7 +340,8 @@ pub fn decode_record(key: &RecordKey, bytes: &[u8]) -> Result<Record, CodecError
             Ok(Record::Session(Arc::new(session_of(key, session)?)))
         }
         (RecordKey::Tombstone(key), stored::record::Record::Tombstone(tombstone)) => {
-            let requests = requests(&tombstone.recent, tombstone.forgotten)?;
+            let forgotten = [tombstone.forgotten, tombstone.forgotten_resend];
+            let requests = requests(&tombstone.recent, forgotten)?;
             let removed_time = Timestamp(tombstone.removed_time);
             Ok(Record::Tombstone(Arc::new(Tombstone::new(key, removed_time, &requests))))
         }
@@ -394,6 +396,7 @@ fn stored_session(session: &Session) -> stored::SessionRecord {
         deadline: session.deadline().map_or(0, |deadline| deadline.0),
         recent: stored_requests(&facts.requests),
         forgotten: facts.requests.forgotten().0,
+        forgotten_resend: facts.requests.forgotten_resend().0,
     }
 }
 
@@ -408,7 +411,7 @@ fn session_of(key: &SessionKey, session: stored::SessionRecord) -> Result<Sessio
         idle_timeout: unpacked_timeout(session.idle_timeout),
         absolute_timeout: unpacked_timeout(session.absolute_timeout),
         principal: Some(session.principal.as_str()),
-        requests: requests(&session.recent, session.forgotten)?,
+        requests: requests(&session.recent, [session.forgotten, session.forgotten_resend])?,
     };
     let head = Head {
         version: Revision(session.version),
@@ -424,19 +427,23 @@ fn stored_requests(requests: &Requests) -> Vec<stored::Remembered> {
         first_sent: remembered.first_sent.0,
         expires: remembered.expires.0,
         revision: remembered.revision.0,
+        resend: remembered.resend,
     };
     requests.recent().iter().map(each).collect()
 }
 
-fn requests(recent: &[stored::Remembered], forgotten: u64) -> Result<Requests, CodecError> {
+/// `forgotten` is both marks, the one for first sendings last.
+fn requests(recent: &[stored::Remembered], forgotten: [u64; 2]) -> Result<Requests, CodecError> {
     let each = |remembered: &stored::Remembered| Remembered {
         id: remembered.id,
         first_sent: Timestamp(remembered.first_sent),
         expires: Timestamp(remembered.expires),
         revision: Revision(remembered.revision),
+        resend: remembered.resend,
     };
-    let requests = Requests::restore(recent.iter().map(each), Timestamp(forgotten));
-    requests.ok_or(Malformed("a record that remembers too many requests"))
+    let [forgotten, forgotten_resend] = forgotten.map(Timestamp);
+    let requests = Requests::restore(recent.iter().map(each), forgotten, forgotten_resend);
+    requests.ok_or(Malformed("a record that remembers what cannot be remembered"))
 }
 
 fn stored_digest(key: &SessionKey) -> Bytes {

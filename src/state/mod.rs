@@ -58,6 +58,12 @@ mod time;
 mod tombstone;
 
 #[cfg(test)]
+mod codec_test;
+#[cfg(test)]
+mod expiry_test;
+#[cfg(test)]
+mod model;
+#[cfg(test)]
 mod model_test;
 #[cfg(test)]
 mod script_test;

@@ -232,3 +232,26 @@ fn reindex(
         assert!(index.insert((deadline, digest)), "no deadline is in the index twice");
     }
 }
+
+#[cfg(test)]
+impl NamespaceRecords {
+    /// Compares the indexes with a scan of the records.
+    pub(super) fn check(&self) {
+        let deadline = |(digest, session): (&Digest, &Arc<Session>)| {
+            session.deadline().map(|deadline| (deadline, *digest))
+        };
+        let deadlines: BTreeSet<_> = self.sessions.range(None).filter_map(deadline).collect();
+        assert_eq!(self.session_deadlines, deadlines);
+        let deadline = |(digest, tombstone): (&Digest, &Arc<Tombstone>)| {
+            assert!(self.sessions.get(digest).is_none(), "{digest} is both alive and gone");
+            (tombstone.deadline(), *digest)
+        };
+        let deadlines: BTreeSet<_> = self.tombstones().map(deadline).collect();
+        assert_eq!(self.tombstone_deadlines, deadlines);
+        let principal = |(digest, session): (&Digest, &Arc<Session>)| {
+            session.principal().map(|principal| (Arc::from(principal), *digest))
+        };
+        let principals: BTreeSet<_> = self.sessions.range(None).filter_map(principal).collect();
+        assert_eq!(self.principals, principals);
+    }
+}

@@ -184,3 +184,28 @@ fn account(sum: &mut u64, count: &mut u64, old: Option<u64>, new: Option<u64>) {
     *sum = sum.wrapping_sub(old.unwrap_or(0)).wrapping_add(new.unwrap_or(0));
     *count = *count + u64::from(new.is_some()) - u64::from(old.is_some());
 }
+
+#[cfg(test)]
+impl Records {
+    /// Compares everything that is derived with what it is derived from.
+    pub(super) fn check(&self) {
+        let mut firsts = BTreeSet::new();
+        let (mut sum, mut sessions, mut tombstones) = (0, 0, 0);
+        for (name, place) in &self.namespaces {
+            assert!(!place.records.is_empty(), "{name} is empty");
+            place.records.check();
+            let first = place.records.first_deadline().map(|(deadline, ..)| deadline);
+            assert_eq!(place.first_deadline, first, "{name}");
+            firsts.extend(first.map(|deadline| (deadline, name.clone())));
+            for (_, session) in place.records.sessions.range(None) {
+                account(&mut sum, &mut sessions, None, Some(session.hash()));
+            }
+            for (_, tombstone) in place.records.tombstones() {
+                account(&mut sum, &mut tombstones, None, Some(tombstone.hash()));
+            }
+        }
+        assert_eq!(self.first_deadlines, firsts);
+        let found = (self.sum, self.sessions, self.tombstones);
+        assert_eq!(found, (sum, sessions, tombstones));
+    }
+}

@@ -13,6 +13,12 @@
 //! never applied, or forgotten; where its own time is at or before the mark we cannot tell, and say
 //! so.
 //!
+//! A first sending needs no such doubt, or nobody could write to a session that others write to
+//! many times a second. Unless it was overtaken: its resend, by another way, may have been applied
+//! before it and be forgotten when it arrives. So there is a second mark, which rises only when a
+//! request is forgotten that was applied as a resend, and binds first sendings too. Resends are
+//! rare, and a request has one first sending.
+//!
 //! Only what was applied is remembered. A request that was refused may be refused again or, when
 //! the state has moved on, be applied by its resend: once, in any case.
 
@@ -48,19 +54,22 @@ pub(super) struct Remembered {
     pub(super) expires: Timestamp,
     /// The revision of the change.
     pub(super) revision: Revision,
+    /// Whether it was applied as a resend, so that its first sending may still come.
+    pub(super) resend: bool,
 }
 
 /// What a record remembers.
 ///
 /// - At most `REMEMBERED_REQUESTS_MAX`, in the order in which they were applied.
 /// - A request that was applied to the record and can still come is among them, or was first sent
-///   at or before `forgotten`.
+///   at or before `forgotten`; if it was applied as a resend, at or before `forgotten_resend`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Requests {
     recent: [Remembered; REMEMBERED_REQUESTS_MAX],
     length: usize,
     /// Zero if nothing was forgotten before its time.
     forgotten: Timestamp,
+    forgotten_resend: Timestamp,
 }
 
 impl Requests {
@@ -72,13 +81,22 @@ impl Requests {
         self.forgotten
     }
 
-    /// Makes what was stored; `None` if it is more than can be remembered.
+    pub(super) fn forgotten_resend(&self) -> Timestamp {
+        self.forgotten_resend
+    }
+
+    /// Makes what was stored; `None` if it is nothing that can be remembered.
     pub(super) fn restore(
         recent: impl Iterator<Item = Remembered>,
         forgotten: Timestamp,
+        forgotten_resend: Timestamp,
     ) -> Option<Self> {
-        let mut requests = Self { forgotten, ..Self::default() };
+        let mut requests = Self { forgotten, forgotten_resend, ..Self::default() };
         for remembered in recent {
+            let lifetime = remembered.expires.0.checked_sub(remembered.first_sent.0)?;
+            if lifetime > u64::MAX / 2 {
+                return None;
+            }
             *requests.recent.get_mut(requests.length)? = remembered;
             requests.length += 1;
         }
@@ -88,7 +106,7 @@ impl Requests {
     /// Judges a request by what is remembered: `Some` with the revision of its change if it was
     /// applied, `None` if it was not.
     ///
-    /// Errors: `OutcomeUnknown` for a resend that may have been applied and forgotten.
+    /// Errors: `OutcomeUnknown` for one that may have been applied and forgotten.
     pub(super) fn judge(
         &self,
         request: &Request,
@@ -98,26 +116,34 @@ impl Requests {
         if let Some(remembered) = self.recent().iter().find(same) {
             return Ok(Some(remembered.revision));
         }
-        let may_be_forgotten =
-            self.forgotten > Timestamp(0) && request.first_sent <= self.forgotten;
-        if resend && may_be_forgotten {
+        let mark = if resend { self.forgotten } else { self.forgotten_resend };
+        if mark > Timestamp(0) && request.first_sent <= mark {
             return Err(Rejection::OutcomeUnknown);
         }
         Ok(None)
     }
 
     /// Remembers a request that was applied at `revision`.
-    pub(super) fn remember(&mut self, request: &Request, revision: Revision, clock: Timestamp) {
+    pub(super) fn remember(
+        &mut self,
+        request: &Request,
+        resend: bool,
+        revision: Revision,
+        clock: Timestamp,
+    ) {
         self.drop_expired(clock);
         if self.length == REMEMBERED_REQUESTS_MAX {
             // A mark of zero means that there is none.
             let first_sent = self.recent[0].first_sent.max(Timestamp(1));
             self.forgotten = self.forgotten.max(first_sent);
+            if self.recent[0].resend {
+                self.forgotten_resend = self.forgotten_resend.max(first_sent);
+            }
             self.recent.rotate_left(1);
             self.length -= 1;
         }
         let Request { id, first_sent, expires } = *request;
-        self.recent[self.length] = Remembered { id, first_sent, expires, revision };
+        self.recent[self.length] = Remembered { id, first_sent, expires, revision, resend };
         self.length += 1;
     }
 
@@ -137,11 +163,12 @@ impl Requests {
     pub(super) fn pack(&self, out: &mut Vec<u8>) {
         put_varint(out, self.length as u64);
         put_varint(out, self.forgotten.0);
+        put_varint(out, self.forgotten_resend.0);
         for remembered in self.recent() {
             out.extend_from_slice(&remembered.id.to_le_bytes());
             put_varint(out, remembered.first_sent.0);
-            // A short lifetime is a short varint; wrapping, so that nothing is lost of any other.
-            put_varint(out, remembered.expires.0.wrapping_sub(remembered.first_sent.0));
+            let lifetime = remembered.expires.0 - remembered.first_sent.0;
+            put_varint(out, 2 * lifetime + u64::from(remembered.resend));
             put_varint(out, remembered.revision.0);
         }
     }
@@ -149,12 +176,14 @@ impl Requests {
     pub(super) fn unpack(packed: &mut Reader<'_>) -> Self {
         let length = packed.varint() as usize;
         let forgotten = Timestamp(packed.varint());
-        let mut requests = Self { length, forgotten, ..Self::default() };
+        let forgotten_resend = Timestamp(packed.varint());
+        let mut requests = Self { length, forgotten, forgotten_resend, ..Self::default() };
         for remembered in &mut requests.recent[..length] {
             remembered.id = u64::from_le_bytes(packed.fixed());
             remembered.first_sent = Timestamp(packed.varint());
             let lifetime = packed.varint();
-            remembered.expires = Timestamp(remembered.first_sent.0.wrapping_add(lifetime));
+            remembered.expires = Timestamp(remembered.first_sent.0 + lifetime / 2);
+            remembered.resend = lifetime % 2 == 1;
             remembered.revision = Revision(packed.varint());
         }
         requests
