@@ -1,1 +1,203 @@
-//! The command line.
+//! The command line: one binary for nodes, operators and load.
+//!
+//! Results go to standard output and messages to standard error. Exit codes: 0, 1 failed, 2 usage,
+//! 3 not found, 4 conflict or refused, 75 unavailable or timed out.
+
+mod argument;
+mod bench;
+mod cluster;
+mod failure;
+mod load;
+mod output;
+pub mod serve;
+mod session;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use self::failure::Failure;
+use self::output::{Format, Output};
+use crate::client::{Client, ClientBuilder};
+
+/// A Raft-replicated session store.
+#[derive(Debug, Parser)]
+#[command(name = "quorate", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(after_help = "Try it:\n  \
+    quorate dev                                   # a cluster of three, in this terminal\n  \
+    id=$(quorate session create theme=dark)       # in another\n  \
+    quorate session get \"$id\"")]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// What all commands understand.
+#[derive(Args, Clone, Debug)]
+struct Common {
+    /// Where to find the cluster: host:port, several separated by commas
+    #[arg(long, global = true, env = "QUORATE_ENDPOINTS", default_value = "127.0.0.1:7400")]
+    #[arg(value_delimiter = ',', value_name = "ADDRESS", help_heading = "Global options")]
+    endpoints: Vec<String>,
+    /// The namespace to work in
+    #[arg(long, global = true, env = "QUORATE_NAMESPACE", default_value = "default")]
+    #[arg(value_name = "NAME", help_heading = "Global options")]
+    namespace: String,
+    /// How long a request may take, with all its retries
+    #[arg(long, global = true, env = "QUORATE_TIMEOUT", default_value = "10s")]
+    #[arg(value_parser = argument::positive_duration, value_name = "TIME")]
+    #[arg(help_heading = "Global options")]
+    timeout: Duration,
+    /// Print tables or JSON
+    #[arg(long, global = true, env = "QUORATE_OUTPUT", value_enum, default_value_t)]
+    #[arg(value_name = "FORMAT", help_heading = "Global options", hide_possible_values = false)]
+    output: Format,
+}
+
+impl Common {
+    fn client(&self) -> ClientBuilder {
+        Client::builder()
+            .endpoints(&self.endpoints)
+            .namespace(&self.namespace)
+            .timeout(self.timeout)
+    }
+
+    fn output(&self) -> Output {
+        Output { format: self.output }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run one node
+    Serve(serve::ServeArguments),
+    /// Run a cluster of three in one process, to try things out
+    Dev(serve::DevArguments),
+    /// Form a cluster, or look at one
+    #[command(subcommand)]
+    Cluster(cluster::ClusterCommand),
+    /// Create, read and change sessions
+    #[command(subcommand)]
+    Session(session::SessionCommand),
+    /// Measure a running cluster
+    Bench(bench::BenchArguments),
+}
+
+/// Does what the process's arguments say.
+pub fn run() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are such "errors" too. If they cannot be printed, nobody reads.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let Cli { common, command } = cli;
+    let result = match command {
+        Command::Serve(arguments) => return finish(serve::serve(arguments)),
+        Command::Dev(arguments) => return finish(serve::dev(arguments)),
+        Command::Cluster(command) => block_on(cluster::run(command, &common)),
+        Command::Session(command) => block_on(session::run(command, &common)),
+        Command::Bench(arguments) => block_on(bench::run(arguments, &common)),
+    };
+    finish(result.map(|()| ExitCode::SUCCESS))
+}
+
+fn finish(result: Result<ExitCode, Failure>) -> ExitCode {
+    result.unwrap_or_else(|failure| {
+        output::failure(&failure);
+        ExitCode::from(&failure)
+    })
+}
+
+/// Runs a client's command. One thread serves thousands of requests; more would only share cores
+/// with the nodes of the same machine.
+fn block_on(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    if let Ok(filter) = std::env::var("QUORATE_LOG") {
+        serve::start_logging(&filter, serve::LogFormat::Text)?;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::Failed(format!("cannot start: {error}")))?;
+    runtime.block_on(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace())
+    }
+
+    #[test]
+    fn the_grammar_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn global_options_stand_anywhere() {
+        let line = "quorate --output json session list --endpoints a:1,b:2 --timeout 2s";
+        let common = parse(line).unwrap().common;
+        assert_eq!(common.endpoints, ["a:1", "b:2"]);
+        assert_eq!(common.timeout, Duration::from_secs(2));
+        assert_eq!(common.output, Format::Json);
+        assert_eq!(common.namespace, "default");
+    }
+
+    #[test]
+    fn what_scripts_rely_on_is_understood() {
+        for line in [
+            "quorate serve --node-id 1 --data-dir d --listen 127.0.0.1:7400 \
+             --peer-listen 127.0.0.1:7500 --initial-cluster 1=127.0.0.1:7500,2=b:7500 \
+             --advertise a:1 --peer-advertise a:2 --insecure --log-format json --log debug \
+             --heartbeat-interval 100ms --election-timeout 500ms --config f",
+            "quorate dev",
+            "quorate dev --data-dir d",
+            "quorate cluster init --members 1=127.0.0.1:7500,2=127.0.0.1:7501",
+            "quorate cluster status",
+            "quorate session create",
+            "quorate session create --id - --principal alice --idle-timeout 30m \
+             --absolute-timeout never a=b c=@d",
+            "quorate session get 0123456789abcdef --local",
+            "quorate session get -",
+            "quorate session get --handle 0123456789abcdef0123456789abcdef",
+            "quorate session set 0123456789abcdef --expect-version 3 --remove a --remove b \
+             --principal p --idle-timeout never c=d e=-",
+            "quorate session set --handle 0123456789abcdef0123456789abcdef a=b",
+            "quorate session set --id - a=b",
+            "quorate session touch 0123456789abcdef",
+            "quorate session delete --id 0123456789abcdef",
+            "quorate session list --principal p --limit 5",
+            "quorate bench --work mixed --unary --clients 64 --duration 10s --value-size 256 \
+             --sessions 1000 --connections 4 --timeline --namespace bench",
+        ] {
+            if let Err(error) = parse(line) {
+                panic!("{line}\n{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_a_usage_error() {
+        for line in [
+            "quorate nonsense",
+            "quorate session list --timeout 0s",
+            "quorate session list --output yaml",
+            "quorate session set 0123456789abcdef --expect-version x",
+            "quorate cluster init",
+            "quorate cluster init --members 1=a:1,1=b:1",
+            "quorate bench --work nothing",
+            "quorate bench --clients 0",
+        ] {
+            assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+    }
+}

@@ -53,7 +53,8 @@ mod pipeline;
 mod pool;
 mod retry;
 mod session;
-#[cfg(all(test, feature = "server"))]
+#[cfg(test)]
+#[cfg(feature = "server")]
 mod tests;
 mod time;
 

@@ -1,0 +1,233 @@
+//! Arguments that are more than a word: timeouts, addresses, members, attributes, ids.
+
+use std::io::Read;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::failure::Failure;
+use crate::client::{Handle, NewMember, Selector, SessionId, Timeout};
+use crate::limits::{ATTRIBUTE_VALUE_BYTES_MAX, NAME_BYTES_MAX, SESSION_ID_CHARS_MAX};
+
+/// A length such as `10s` or `1h30m`.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text)
+        .map_err(|error| format!("{error}; write it like 500ms, 10s or 1h30m"))
+}
+
+/// A length above zero.
+pub(crate) fn positive_duration(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        length if length.is_zero() => Err("must be above zero".to_owned()),
+        length => Ok(length),
+    }
+}
+
+/// A length, or `never`.
+pub(crate) fn timeout(text: &str) -> Result<Timeout, String> {
+    if text == "never" {
+        return Ok(Timeout::Never);
+    }
+    duration(text).map(Timeout::After).map_err(|error| format!("{error}, or never"))
+}
+
+/// `IP:port` to listen on.
+pub(crate) fn socket_address(text: &str) -> Result<SocketAddr, String> {
+    let address: SocketAddr =
+        text.parse().map_err(|_| "write it as IP:port, like 127.0.0.1:7400".to_owned())?;
+    if address.port() == 0 {
+        return Err("the port must not be 0: others have to find it".to_owned());
+    }
+    Ok(address)
+}
+
+/// `host:port` where others find something.
+pub(crate) fn address(text: &str) -> Result<String, String> {
+    let valid = text.rsplit_once(':').is_some_and(|(host, port)| {
+        let host_valid = !host.is_empty()
+            && host.bytes().all(|c| c.is_ascii_alphanumeric() || b".-_:[]".contains(&c));
+        host_valid && port.parse::<u16>().is_ok_and(|port| port != 0)
+    });
+    if valid {
+        return Ok(text.to_owned());
+    }
+    Err(format!("{text:?} is not host:port"))
+}
+
+/// `1=host:port,2=host:port`: each number once, each address once.
+pub(crate) fn members(text: &str) -> Result<Vec<NewMember>, String> {
+    let mut members: Vec<NewMember> = Vec::new();
+    for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+        let (node_id, peer) =
+            part.split_once('=').ok_or_else(|| format!("{part:?} is not NODE=host:port"))?;
+        let node_id = node_id
+            .parse()
+            .ok()
+            .filter(|node_id| *node_id != 0)
+            .ok_or_else(|| format!("{node_id:?} is no node id: a number from 1 on"))?;
+        let member = NewMember { node_id, peer_address: address(peer)? };
+        if members.iter().any(|other| other.node_id == node_id) {
+            return Err(format!("node {node_id} is listed twice"));
+        }
+        if members.iter().any(|other| other.peer_address == member.peer_address) {
+            return Err(format!("{peer} is listed twice"));
+        }
+        members.push(member);
+    }
+    if members.is_empty() {
+        return Err("at least one member is needed, as NODE=host:port".to_owned());
+    }
+    Ok(members)
+}
+
+/// Standard input, which one argument at most may take.
+#[derive(Debug, Default)]
+pub(crate) struct Stdin {
+    taken: bool,
+}
+
+impl Stdin {
+    fn read(&mut self, bytes_max: usize) -> Result<Vec<u8>, Failure> {
+        if std::mem::replace(&mut self.taken, true) {
+            let message = "standard input can stand for one argument only";
+            return Err(Failure::Usage(message.to_owned()));
+        }
+        read_at_most(std::io::stdin().lock(), "standard input", bytes_max)
+    }
+}
+
+fn read_at_most(input: impl Read, name: &str, bytes_max: usize) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    // One byte more than is allowed shows that there is more than is allowed.
+    let limit = u64::try_from(bytes_max).unwrap_or(u64::MAX).saturating_add(1);
+    input
+        .take(limit)
+        .read_to_end(&mut bytes)
+        .map_err(|error| Failure::Failed(format!("{name}: {error}")))?;
+    if bytes.len() > bytes_max {
+        return Err(Failure::Usage(format!("{name} is longer than {bytes_max} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// An id as given: itself, or `-` for the first line of standard input.
+pub(crate) fn session_id(text: &str, stdin: &mut Stdin) -> Result<SessionId, Failure> {
+    if text != "-" {
+        return Ok(SessionId::new(text)?);
+    }
+    let bytes = stdin.read(SESSION_ID_CHARS_MAX + 2)?;
+    let text = String::from_utf8(bytes)
+        .map_err(|_| Failure::Usage("standard input is no session id".to_owned()))?;
+    Ok(SessionId::new(text.trim_end_matches(['\n', '\r']))?)
+}
+
+/// Which session is meant: exactly one of the two ways to say it.
+pub(crate) fn selector(
+    id: Option<&str>,
+    handle: Option<&str>,
+    stdin: &mut Stdin,
+) -> Result<Selector, Failure> {
+    match (id, handle) {
+        (Some(id), None) => Ok(session_id(id, stdin)?.into()),
+        (None, Some(handle)) => Ok(Handle::new(handle)?.into()),
+        (None, None) => {
+            Err(Failure::Usage("name a session: ID, - for standard input, or --handle".to_owned()))
+        }
+        (Some(_), Some(_)) => {
+            Err(Failure::Usage("name the session by its id or by --handle, not both".to_owned()))
+        }
+    }
+}
+
+/// `name=value`, `name=@file` or `name=-` for standard input.
+pub(crate) fn attribute(text: &str, stdin: &mut Stdin) -> Result<(String, Vec<u8>), Failure> {
+    let (name, value) = text
+        .split_once('=')
+        .ok_or_else(|| Failure::Usage(format!("{text:?} is not name=value")))?;
+    if !(1..=NAME_BYTES_MAX).contains(&name.len()) {
+        let message = format!("an attribute's name has 1 to {NAME_BYTES_MAX} bytes");
+        return Err(Failure::Usage(message));
+    }
+    let value = match value.strip_prefix('@') {
+        Some(path) => {
+            let path = PathBuf::from(path);
+            let shown = path.display().to_string();
+            let file = std::fs::File::open(&path)
+                .map_err(|error| Failure::Failed(format!("{shown}: {error}")))?;
+            read_at_most(file, &shown, ATTRIBUTE_VALUE_BYTES_MAX)?
+        }
+        None if value == "-" => stdin.read(ATTRIBUTE_VALUE_BYTES_MAX)?,
+        None => value.as_bytes().to_vec(),
+    };
+    Ok((name.to_owned(), value))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    #[test]
+    fn timeouts() {
+        assert_eq!(timeout("never"), Ok(Timeout::Never));
+        assert_eq!(timeout("1h30m"), Ok(Timeout::After(Duration::from_secs(5_400))));
+        assert!(timeout("soon").unwrap_err().contains("never"));
+        assert!(positive_duration("0s").is_err());
+        assert_eq!(positive_duration("500ms"), Ok(Duration::from_millis(500)));
+    }
+
+    #[test]
+    fn members_are_numbered_and_distinct() {
+        let parsed = members("1=127.0.0.1:7500, 2=node-b:7500,3=[::1]:7502").unwrap();
+        assert_eq!(parsed.iter().map(|m| m.node_id).collect::<Vec<_>>(), [1, 2, 3]);
+        assert_eq!(parsed[1].peer_address, "node-b:7500");
+        for bad in ["", "1", "0=a:1", "x=a:1", "1=a", "1=a:0", "1=a:1,1=b:1", "1=a:1,2=a:1"] {
+            assert!(members(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn addresses() {
+        assert!(socket_address("127.0.0.1:7400").is_ok());
+        assert!(socket_address("localhost:7400").is_err());
+        assert!(socket_address("127.0.0.1:0").is_err());
+        for bad in ["", ":1", "a", "a:", "a:x", "a b:1", "a:99999", "a/b:1"] {
+            assert!(address(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn attributes_come_from_the_command_line_or_a_file() {
+        let stdin = &mut Stdin::default();
+        assert_eq!(attribute("a=b=c", stdin).unwrap(), ("a".into(), b"b=c".to_vec()));
+        assert_eq!(attribute("a=", stdin).unwrap(), ("a".into(), Vec::new()));
+        assert!(matches!(attribute("a", stdin), Err(Failure::Usage(_))));
+        assert!(matches!(attribute("=b", stdin), Err(Failure::Usage(_))));
+
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(b"\x00\xff").unwrap();
+        let argument = format!("a=@{}", file.path().display());
+        assert_eq!(attribute(&argument, stdin).unwrap().1, b"\x00\xff");
+        file.write_all(&vec![0; ATTRIBUTE_VALUE_BYTES_MAX]).unwrap();
+        assert!(matches!(attribute(&argument, stdin), Err(Failure::Usage(_))));
+        assert!(matches!(attribute("a=@/no/such/file", stdin), Err(Failure::Failed(_))));
+    }
+
+    #[test]
+    fn standard_input_is_taken_once() {
+        let stdin = &mut Stdin { taken: true };
+        assert!(matches!(attribute("a=-", stdin), Err(Failure::Usage(_))));
+        assert!(matches!(session_id("-", stdin), Err(Failure::Usage(_))));
+    }
+
+    #[test]
+    fn a_session_is_named_in_one_way() {
+        let stdin = &mut Stdin::default();
+        let handle = "0123456789abcdef0123456789abcdef";
+        assert!(matches!(selector(None, Some(handle), stdin), Ok(Selector::Handle(_))));
+        assert!(matches!(selector(Some("0123456789abcdef"), None, stdin), Ok(Selector::Id(_))));
+        assert!(selector(None, None, stdin).is_err());
+        assert!(selector(Some("0123456789abcdef"), Some(handle), stdin).is_err());
+    }
+}

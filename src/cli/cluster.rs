@@ -1,0 +1,312 @@
+//! `quorate cluster`: forming a cluster, and looking at one.
+
+use std::time::{Duration, SystemTime};
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use super::Common;
+use super::argument;
+use super::failure::Failure;
+use super::output::{self, Table, length, length_json, printable, time_json, time_text};
+use crate::client::{Client, NewMember};
+use crate::proto::v1::{NodeRole, StatusResponse};
+
+/// Longest time that one node may take to tell its state: the others' is worth knowing too.
+const STATUS_TIMEOUT_MAX: Duration = Duration::from_secs(3);
+/// Characters of a digest that are shown to people.
+const DIGEST_CHARS: usize = 12;
+
+/// What can be done with a cluster.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ClusterCommand {
+    /// Form a cluster of nodes that were started without --initial-cluster
+    #[command(after_help = "Example:\n  quorate cluster init \
+        --members 1=10.0.0.1:7500,2=10.0.0.2:7500,3=10.0.0.3:7500 --endpoints 10.0.0.1:7400")]
+    Init(InitArguments),
+    /// Print the state of every node
+    Status,
+}
+
+/// `quorate cluster init`.
+#[derive(Args, Debug)]
+pub(crate) struct InitArguments {
+    /// The nodes and where they reach each other, as NODE=host:port,…
+    #[arg(long, value_name = "MEMBERS", value_parser = Members::parse)]
+    members: Members,
+}
+
+/// One argument that stands for several members.
+#[derive(Clone, Debug)]
+struct Members(Vec<NewMember>);
+
+impl Members {
+    fn parse(text: &str) -> Result<Self, String> {
+        argument::members(text).map(Self)
+    }
+}
+
+/// Does what the command says.
+pub(crate) async fn run(command: ClusterCommand, common: &Common) -> Result<(), Failure> {
+    let client = common.client().build()?;
+    match command {
+        ClusterCommand::Init(arguments) => {
+            let cluster_id = client.initialize(arguments.members.0).await?;
+            let text = format!("cluster {} formed", printable(&cluster_id));
+            common.output().result(&text, &json!({ "cluster_id": cluster_id }))
+        }
+        ClusterCommand::Status => status(&client, common).await,
+    }
+}
+
+/// One node, as it was found.
+struct Node {
+    /// From the membership; 0 where that is not known.
+    node_id: u64,
+    address: String,
+    status: Result<StatusResponse, String>,
+}
+
+async fn status(client: &Client, common: &Common) -> Result<(), Failure> {
+    let client = client.with_timeout(common.timeout.min(STATUS_TIMEOUT_MAX));
+    let mut nodes = find_nodes(&client, common).await;
+    nodes.sort_by(|a, b| (a.node_id, &a.address).cmp(&(b.node_id, &b.address)));
+    let mut table = Table::new(
+        &[
+            "NODE",
+            "ADDRESS",
+            "ROLE",
+            "TERM",
+            "LEADER",
+            "APPLIED",
+            "COMMITTED",
+            "LAG",
+            "FSYNC P99",
+            "CLOCK",
+            "REVISION",
+            "DIGEST",
+        ],
+        &[0, 3, 4, 5, 6, 7, 8, 10],
+    );
+    for node in &nodes {
+        table.row(node.row());
+    }
+    let objects: Vec<Value> = nodes.iter().map(Node::json).collect();
+    common.output().list(&table, &objects)?;
+    for node in &nodes {
+        match &node.status {
+            Err(why) => output::message(&format!("quorate: {}: {why}", node.address)),
+            Ok(status) if !status.halted_reason.is_empty() => {
+                let reason = printable(&status.halted_reason);
+                output::message(&format!("quorate: node {} has halted: {reason}", node.node_id));
+            }
+            Ok(_) => {}
+        }
+    }
+    if nodes.iter().all(|node| node.status.is_err()) {
+        let message = "no node answers; is it running, and is --endpoints right?";
+        return Err(Failure::Unavailable(message.to_owned()));
+    }
+    match disagreement(&nodes) {
+        Some(message) => Err(Failure::Failed(message)),
+        None => Ok(()),
+    }
+}
+
+/// Asks the endpoints, and every member that one of them names, all at once.
+async fn find_nodes(client: &Client, common: &Common) -> Vec<Node> {
+    let mut asked: Vec<(u64, String)> = Vec::new();
+    if let Ok(described) = client.describe().await {
+        let members = described.members.into_iter();
+        asked.extend(members.map(|member| (member.node_id, member.client_address)));
+    }
+    if asked.is_empty() {
+        let strip = |address: &String| address.trim_start_matches("http://").to_owned();
+        asked.extend(common.endpoints.iter().map(|address| (0, strip(address))));
+    }
+    let mut asking = JoinSet::new();
+    for (node_id, address) in asked {
+        let client = client.clone();
+        asking.spawn(async move {
+            let status = if address.is_empty() {
+                Err("its client address is not known yet".to_owned())
+            } else {
+                client.status(&address).await.map_err(|error| error.to_string())
+            };
+            let node_id = status.as_ref().map_or(node_id, |status| status.node_id);
+            Node { node_id, address, status }
+        });
+    }
+    asking.join_all().await
+}
+
+impl Node {
+    fn row(&self) -> Vec<String> {
+        let number = if self.node_id == 0 { "?".to_owned() } else { self.node_id.to_string() };
+        let mut row = vec![number, printable(&self.address)];
+        match &self.status {
+            Err(_) => row.push("unreachable".to_owned()),
+            Ok(status) => row.extend([
+                role(status).to_owned(),
+                status.term.to_string(),
+                if status.leader_id == 0 { "-".into() } else { status.leader_id.to_string() },
+                status.applied_index.to_string(),
+                status.committed_index.to_string(),
+                status.checkpoint_lag_entries.to_string(),
+                fsync_p99(status).map_or_else(|| "-".to_owned(), length),
+                clock(status).map_or_else(|| "-".to_owned(), time_text),
+                status.revision.to_string(),
+                printable(&status.state_digest).chars().take(DIGEST_CHARS).collect(),
+            ]),
+        }
+        row
+    }
+
+    fn json(&self) -> Value {
+        let status = match &self.status {
+            Ok(status) => status,
+            Err(why) => {
+                return json!({
+                    "node_id": self.node_id,
+                    "client_address": self.address,
+                    "role": "unreachable",
+                    "error": why,
+                });
+            }
+        };
+        let members = status.members.iter().map(|member| {
+            json!({
+                "node_id": member.node_id,
+                "peer_address": member.peer_address,
+                "client_address": member.client_address,
+                "incarnation": member.incarnation,
+                "voter": member.voter,
+            })
+        });
+        json!({
+            "node_id": status.node_id,
+            "client_address": self.address,
+            "cluster_id": status.cluster_id,
+            "role": role(status),
+            "term": status.term,
+            "leader_id": status.leader_id,
+            "last_log_index": status.last_log_index,
+            "committed_index": status.committed_index,
+            "applied_index": status.applied_index,
+            "snapshot_index": status.snapshot_index,
+            "purged_index": status.purged_index,
+            "revision": status.revision,
+            "state_digest": status.state_digest,
+            "cluster_time": time_json(clock(status)),
+            "sessions": status.sessions,
+            "checkpoint_lag_entries": status.checkpoint_lag_entries,
+            "checkpoint_lag_bytes": status.checkpoint_lag_bytes,
+            "checkpoint_age": length_json(proto_length(status.checkpoint_age)),
+            "fsync_p99": length_json(fsync_p99(status)),
+            "resident_bytes": status.resident_bytes,
+            "version": status.version,
+            "members": members.collect::<Vec<Value>>(),
+            "halted_reason": status.halted_reason,
+        })
+    }
+}
+
+fn role(status: &StatusResponse) -> &'static str {
+    if !status.halted_reason.is_empty() {
+        return "halted";
+    }
+    match status.role() {
+        NodeRole::Leader => "leader",
+        NodeRole::Follower => "follower",
+        NodeRole::Candidate => "candidate",
+        NodeRole::Learner => "learner",
+        NodeRole::Uninitialized => "uninitialized",
+        NodeRole::Unspecified => "unknown",
+    }
+}
+
+fn fsync_p99(status: &StatusResponse) -> Option<Duration> {
+    proto_length(status.fsync_p99)
+}
+
+fn proto_length(length: Option<prost_types::Duration>) -> Option<Duration> {
+    length.and_then(|length| length.try_into().ok())
+}
+
+fn clock(status: &StatusResponse) -> Option<SystemTime> {
+    status.cluster_time.and_then(|time| time.try_into().ok())
+}
+
+/// Nodes at one revision must have one state. When they have not, replication is broken and
+/// nothing else matters.
+fn disagreement(nodes: &[Node]) -> Option<String> {
+    let states: Vec<&StatusResponse> = nodes
+        .iter()
+        .filter_map(|node| node.status.as_ref().ok())
+        .filter(|status| !status.state_digest.is_empty() && !status.cluster_id.is_empty())
+        .collect();
+    for (index, first) in states.iter().enumerate() {
+        let differs = |other: &&&StatusResponse| {
+            other.cluster_id == first.cluster_id
+                && other.revision == first.revision
+                && other.state_digest != first.state_digest
+        };
+        if let Some(other) = states[index + 1..].iter().find(differs) {
+            return Some(format!(
+                "NODES DISAGREE: at revision {} node {} has state {} and node {} has state {}; \
+                 stop writing, keep both data directories and report it",
+                first.revision,
+                first.node_id,
+                printable(&first.state_digest),
+                other.node_id,
+                printable(&other.state_digest),
+            ));
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(node_id: u64, revision: u64, digest: &str) -> Node {
+        let status = StatusResponse {
+            cluster_id: "c".into(),
+            node_id,
+            revision,
+            state_digest: digest.to_owned(),
+            ..Default::default()
+        };
+        Node { node_id, address: format!("127.0.0.1:740{node_id}"), status: Ok(status) }
+    }
+
+    #[test]
+    fn nodes_of_one_revision_must_agree() {
+        assert_eq!(disagreement(&[node(1, 5, "aa"), node(2, 5, "aa"), node(3, 4, "bb")]), None);
+        let unreachable = Node { node_id: 3, address: "a:1".into(), status: Err("refused".into()) };
+        let nodes = [node(1, 5, "aa"), unreachable, node(2, 5, "bb")];
+        let message = disagreement(&nodes).unwrap();
+        assert!(message.contains("node 1 has state aa and node 2 has state bb"), "{message}");
+    }
+
+    #[test]
+    fn a_node_that_does_not_answer_has_its_row() {
+        let node = Node { node_id: 2, address: "a:1".into(), status: Err("refused".into()) };
+        assert_eq!(node.row(), ["2", "a:1", "unreachable"]);
+        assert_eq!(node.json()["role"], "unreachable");
+    }
+
+    #[test]
+    fn times_that_make_no_sense_are_left_out() {
+        let status = StatusResponse {
+            cluster_time: Some(prost_types::Timestamp { seconds: i64::MIN, nanos: -1 }),
+            fsync_p99: Some(prost_types::Duration { seconds: -1, nanos: 0 }),
+            ..Default::default()
+        };
+        let node = Node { node_id: 1, address: "a:1".into(), status: Ok(status) };
+        assert_eq!(node.row().len(), 12);
+        assert_eq!(node.json()["fsync_p99"], Value::Null);
+    }
+}

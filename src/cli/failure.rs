@@ -1,0 +1,144 @@
+//! What a command ends with when it does not succeed: one line for people, one code for scripts.
+
+use std::io;
+use std::process::ExitCode;
+
+use crate::client;
+
+/// Why a command failed. Its `Display` is one line that says what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    /// The command cannot mean anything as it was given.
+    #[error("{0}")]
+    Usage(String),
+    /// It was understood and went wrong.
+    #[error("{0}")]
+    Failed(String),
+    /// The request did not succeed.
+    #[error("{}", describe(.0))]
+    Request(#[from] client::Error),
+    /// Nobody answered.
+    #[error("{0}")]
+    Unavailable(String),
+    /// Whoever read the results has heard enough; said to nobody.
+    #[error("the reader of the results has gone")]
+    BrokenPipe,
+}
+
+impl Failure {
+    /// 1 failed, 2 usage, 3 not found, 4 conflict or refused, 75 unavailable or timed out.
+    pub(crate) fn code(&self) -> u8 {
+        use client::Error;
+        match self {
+            Self::Failed(_) => 1,
+            Self::Usage(_) => 2,
+            Self::Unavailable(_) => 75,
+            Self::BrokenPipe => 0,
+            Self::Request(error) => match error {
+                Error::InvalidArgument { .. } | Error::Configuration { .. } => 2,
+                Error::NotFound { .. } => 3,
+                Error::AlreadyExists { .. }
+                | Error::VersionMismatch { .. }
+                | Error::Refused { .. } => 4,
+                Error::Unavailable { .. }
+                | Error::DeadlineExceeded { .. }
+                | Error::OutcomeUnknown { .. } => 75,
+                Error::LimitExceeded { .. } | Error::Internal { .. } => 1,
+            },
+        }
+    }
+}
+
+impl From<&Failure> for ExitCode {
+    fn from(failure: &Failure) -> Self {
+        Self::from(failure.code())
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => Self::BrokenPipe,
+            _ => Self::Failed(error.to_string()),
+        }
+    }
+}
+
+/// The error and its remedy, on one line whatever the server said.
+fn describe(error: &client::Error) -> String {
+    use client::Error;
+    let message = error.to_string().replace(['\n', '\r'], " ");
+    let remedy = match error {
+        Error::NotFound { reason, .. } if reason == "SESSION_NOT_FOUND" => {
+            "it may have expired, been deleted, or be in another --namespace"
+        }
+        Error::AlreadyExists { reason, .. } if reason == "SESSION_ID_RETIRED" => {
+            "take another id, or wait a minute"
+        }
+        Error::VersionMismatch { current: Some(current), .. } => {
+            return format!("{message}; its version is {current}: read it again");
+        }
+        Error::VersionMismatch { .. } => "read it again",
+        Error::Unavailable { reason, .. } if reason == "NOT_INITIALIZED" => {
+            "form the cluster with `quorate cluster init`"
+        }
+        Error::Refused { reason, .. } if reason == "NOT_INITIALIZED" => {
+            "form the cluster with `quorate cluster init`"
+        }
+        Error::Unavailable { reason, .. } if reason == "NO_LEADER" => {
+            "is a majority of the nodes up? see `quorate cluster status`"
+        }
+        Error::Unavailable { .. } => "is it running, and is --endpoints right?",
+        Error::DeadlineExceeded { .. } => "try again, or give it a longer --timeout",
+        Error::OutcomeUnknown { .. } => "read before you repeat it",
+        _ => return message,
+    };
+    format!("{message}; {remedy}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::Error;
+
+    #[test]
+    fn exit_codes_are_those_that_scripts_rely_on() {
+        let text = String::new;
+        let cases: [(Failure, u8); 12] = [
+            (Failure::Failed(text()), 1),
+            (Failure::Usage(text()), 2),
+            (Failure::Unavailable(text()), 75),
+            (Failure::BrokenPipe, 0),
+            (Error::InvalidArgument { field: None, reason: text(), message: text() }.into(), 2),
+            (Error::NotFound { reason: text(), message: text() }.into(), 3),
+            (Error::AlreadyExists { reason: text(), message: text() }.into(), 4),
+            (Error::VersionMismatch { current: None, message: text() }.into(), 4),
+            (Error::Refused { reason: text(), message: text() }.into(), 4),
+            (Error::Unavailable { reason: text(), message: text() }.into(), 75),
+            (Error::DeadlineExceeded { message: text() }.into(), 75),
+            (Error::OutcomeUnknown { message: text() }.into(), 75),
+        ];
+        for (failure, code) in cases {
+            assert_eq!(failure.code(), code, "{failure:?}");
+        }
+    }
+
+    #[test]
+    fn a_message_is_one_line_with_a_remedy() {
+        let error = Error::NotFound {
+            reason: "SESSION_NOT_FOUND".into(),
+            message: "session not found\nat all".into(),
+        };
+        let message = Failure::from(error).to_string();
+        assert!(message.starts_with("session not found at all; "), "{message}");
+        assert!(!message.contains('\n'));
+        let error = Error::VersionMismatch { current: Some(7), message: "no".into() };
+        assert!(Failure::from(error).to_string().contains("its version is 7"));
+    }
+
+    #[test]
+    fn a_closed_pipe_is_no_error() {
+        let failure = Failure::from(io::Error::from(io::ErrorKind::BrokenPipe));
+        assert!(matches!(failure, Failure::BrokenPipe));
+    }
+}

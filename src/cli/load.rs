@@ -1,0 +1,312 @@
+//! The callers of `quorate bench`, and the sessions that they work on.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hdrhistogram::Histogram;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::bench::Work;
+use super::failure::Failure;
+use crate::client::{Client, Error, Handle, NewSession, ReadOptions, SessionId, Sessions, Update};
+use crate::limits::ATTRIBUTE_VALUE_BYTES_MAX;
+
+/// The one attribute of each session.
+const ATTRIBUTE: &str = "value";
+/// Prepared sessions are kept for the next run.
+const PREPARED_IDLE_TIMEOUT: Duration = Duration::from_secs(24 * 3_600);
+/// Sessions that the work creates are not.
+const CREATED_IDLE_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+/// Sessions that are looked for in one request.
+const PREPARE_BATCH: usize = 100;
+/// Batches that are prepared at once.
+const PREPARE_CALLERS: usize = 512;
+/// Different values, so that neighbouring writes differ.
+const VALUES: usize = 64;
+/// Highest latency that is told apart: ten minutes, in nanoseconds.
+const LATENCY_MAX: u64 = 600_000_000_000;
+
+/// The sessions: always the same for one number and size of values.
+#[derive(Clone)]
+pub(crate) struct Population {
+    pub(crate) sessions: usize,
+    value_size: usize,
+    values: Arc<[Bytes]>,
+}
+
+impl Population {
+    pub(crate) fn new(sessions: usize, value_size: usize) -> Result<Self, Failure> {
+        if value_size > ATTRIBUTE_VALUE_BYTES_MAX {
+            let message = format!("--value-size: at most {ATTRIBUTE_VALUE_BYTES_MAX} bytes");
+            return Err(Failure::Usage(message));
+        }
+        let mut random = Random(0x5eed);
+        let values = (0..VALUES)
+            .map(|_| (0..value_size).map(|_| (random.next() >> 56) as u8).collect())
+            .collect();
+        Ok(Self { sessions, value_size, values })
+    }
+
+    /// The id of the session of that number. It names the size of its value, because a read is
+    /// measured by what it reads.
+    fn id(&self, index: usize) -> Result<SessionId, Error> {
+        SessionId::new(format!("quorate-bench-{}-{index:09}", self.value_size))
+    }
+
+    fn value(&self, random: u64) -> Bytes {
+        self.values[random as usize % self.values.len()].clone()
+    }
+
+    /// Creates the sessions that do not exist, and reports how many more are there.
+    pub(crate) async fn prepare(
+        &self,
+        client: &Client,
+        mut report: impl FnMut(u64),
+    ) -> Result<(), Failure> {
+        let next = Arc::new(AtomicUsize::new(0));
+        let mut callers = JoinSet::new();
+        let (ready, mut readied) = tokio::sync::mpsc::channel(PREPARE_CALLERS);
+        for _ in 0..PREPARE_CALLERS.min(self.sessions.div_ceil(PREPARE_BATCH)) {
+            let (population, client) = (self.clone(), client.clone());
+            let (next, ready) = (next.clone(), ready.clone());
+            callers.spawn(async move {
+                loop {
+                    let start = next.fetch_add(PREPARE_BATCH, Ordering::Relaxed);
+                    if start >= population.sessions {
+                        return Ok::<(), Error>(());
+                    }
+                    let end = population.sessions.min(start + PREPARE_BATCH);
+                    population.prepare_batch(&client, start..end).await?;
+                    // Whoever shows the progress may have gone.
+                    let _ = ready.send((end - start) as u64).await;
+                }
+            });
+        }
+        drop(ready);
+        while let Some(count) = readied.recv().await {
+            report(count);
+        }
+        while let Some(joined) = callers.join_next().await {
+            joined.map_err(|error| Failure::Failed(error.to_string()))??;
+        }
+        Ok(())
+    }
+
+    async fn prepare_batch(
+        &self,
+        client: &Client,
+        indexes: std::ops::Range<usize>,
+    ) -> Result<(), Error> {
+        let ids = indexes.map(|index| self.id(index)).collect::<Result<Vec<_>, Error>>()?;
+        let sessions = client.sessions();
+        let found = sessions.batch_get(&ids, ReadOptions::new().metadata_only()).await?;
+        let present: BTreeSet<Handle> = found.value.into_iter().map(|s| s.handle).collect();
+        for (id, number) in ids.into_iter().zip(0..) {
+            if present.contains(&id.handle(client.namespace())) {
+                continue;
+            }
+            let session = NewSession::new()
+                .id(id)
+                .attribute(ATTRIBUTE, self.value(number))
+                .idle_timeout(PREPARED_IDLE_TIMEOUT);
+            match sessions.create(session).await {
+                Ok(_) => {}
+                // Another run prepares the same sessions.
+                Err(Error::AlreadyExists { reason, .. }) if reason == "SESSION_EXISTS" => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the callers are to do with the next outcome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    WarmUp = 0,
+    Measure = 1,
+    Stop = 2,
+}
+
+/// Callers at work.
+pub(crate) struct Load {
+    shared: Arc<Shared>,
+    callers: JoinSet<()>,
+}
+
+struct Shared {
+    phase: AtomicU8,
+    tally: Mutex<Tally>,
+}
+
+/// What was measured.
+pub(crate) struct Tally {
+    /// Of what succeeded, in nanoseconds.
+    pub(crate) latencies: Histogram<u64>,
+    /// What did not, by kind.
+    pub(crate) errors: BTreeMap<&'static str, u64>,
+    /// One of the errors, for who asks what happened.
+    pub(crate) sample: Option<String>,
+}
+
+/// How far the measurement has come.
+pub(crate) struct Progress {
+    pub(crate) operations: u64,
+    pub(crate) errors: u64,
+}
+
+impl Load {
+    /// Sets `callers` to work; their outcomes count once the phase is `Measure`.
+    pub(crate) fn start(
+        client: &Client,
+        work: Work,
+        population: Population,
+        callers: usize,
+    ) -> Result<Self, Failure> {
+        let latencies = Histogram::new_with_bounds(1, LATENCY_MAX, 3)
+            .map_err(|error| Failure::Failed(error.to_string()))?;
+        let tally = Tally { latencies, errors: BTreeMap::new(), sample: None };
+        let phase = AtomicU8::new(Phase::WarmUp as u8);
+        let shared = Arc::new(Shared { phase, tally: Mutex::new(tally) });
+        let mut set = JoinSet::new();
+        for number in 0..callers {
+            let caller = Caller {
+                sessions: client.sessions(),
+                population: population.clone(),
+                work,
+                random: Random(number as u64 + 1),
+                shared: shared.clone(),
+            };
+            set.spawn(caller.run());
+        }
+        Ok(Self { shared, callers: set })
+    }
+
+    pub(crate) fn enter(&self, phase: Phase) {
+        self.shared.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    pub(crate) fn progress(&self) -> Progress {
+        let tally = self.shared.lock();
+        Progress { operations: tally.latencies.len(), errors: tally.errors.values().sum() }
+    }
+
+    /// Ends the callers, with whatever they have under way, and hands over what was measured.
+    pub(crate) async fn finish(mut self) -> Tally {
+        self.callers.shutdown().await;
+        let mut tally = self.shared.lock();
+        let latencies = Histogram::new_from(&tally.latencies);
+        Tally {
+            latencies: std::mem::replace(&mut tally.latencies, latencies),
+            errors: std::mem::take(&mut tally.errors),
+            sample: tally.sample.take(),
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Tally> {
+        // Nothing panics while it holds the lock.
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Caller {
+    sessions: Sessions,
+    population: Population,
+    work: Work,
+    random: Random,
+    shared: Arc<Shared>,
+}
+
+impl Caller {
+    async fn run(mut self) {
+        loop {
+            let start = Instant::now();
+            let result = self.operate().await;
+            let phase = self.shared.phase.load(Ordering::Relaxed);
+            if phase == Phase::Stop as u8 {
+                return;
+            }
+            if phase == Phase::Measure as u8 {
+                let nanos = u64::try_from(start.elapsed().as_nanos()).unwrap_or(LATENCY_MAX);
+                let mut tally = self.shared.lock();
+                match result {
+                    Ok(()) => tally.latencies.saturating_record(nanos),
+                    Err(error) => {
+                        *tally.errors.entry(error.kind()).or_default() += 1;
+                        tally.sample.get_or_insert_with(|| error.to_string());
+                    }
+                }
+            }
+        }
+    }
+
+    async fn operate(&mut self) -> Result<(), Error> {
+        let random = self.random.next();
+        match (self.work, random % 100) {
+            (Work::Create, _) => self.create().await,
+            (Work::Get, _) | (Work::Mixed, 25..) => {
+                let id = self.pick()?;
+                self.sessions.get(id).await.map(drop)
+            }
+            (Work::Update, _) | (Work::Mixed, 5..) => {
+                let id = self.pick()?;
+                let update = Update::new().set(ATTRIBUTE, self.population.value(random >> 32));
+                self.sessions.update(id, update).await.map(drop)
+            }
+            (Work::Mixed, _) => {
+                let id = self.pick()?;
+                self.sessions.touch(id).await.map(drop)
+            }
+        }
+    }
+
+    async fn create(&mut self) -> Result<(), Error> {
+        let session = NewSession::new()
+            .attribute(ATTRIBUTE, self.population.value(self.random.next()))
+            .idle_timeout(CREATED_IDLE_TIMEOUT);
+        self.sessions.create(session).await.map(drop)
+    }
+
+    /// Any session, each as likely as the others.
+    fn pick(&mut self) -> Result<SessionId, Error> {
+        let index = (u128::from(self.random.next()) * self.population.sessions as u128) >> 64;
+        self.population.id(index as usize)
+    }
+}
+
+/// SplitMix64: good enough to choose by, and the same for the same seed.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_population_is_the_same_each_time() {
+        let first = Population::new(10, 256).unwrap();
+        let second = Population::new(10, 256).unwrap();
+        assert_eq!(first.id(3).unwrap(), second.id(3).unwrap());
+        assert_ne!(first.id(3).unwrap(), first.id(4).unwrap());
+        assert_ne!(first.id(3).unwrap(), Population::new(10, 16).unwrap().id(3).unwrap());
+        assert_eq!(first.value(7), second.value(7));
+        assert_eq!(first.value(7).len(), 256);
+        assert!(Population::new(10, 0).unwrap().value(1).is_empty());
+        assert!(Population::new(1, ATTRIBUTE_VALUE_BYTES_MAX + 1).is_err());
+    }
+}
