@@ -9,6 +9,7 @@ mod cluster;
 mod failure;
 mod load;
 mod output;
+mod run;
 pub mod serve;
 mod session;
 

@@ -16,6 +16,7 @@ use tracing_subscriber::EnvFilter;
 use super::argument;
 use super::failure::Failure;
 use super::output;
+use super::run;
 use crate::client::NewMember;
 
 const LISTEN_DEFAULT: &str = "127.0.0.1:7400";
@@ -341,7 +342,7 @@ impl DevArguments {
 pub(crate) fn serve(arguments: ServeArguments) -> Result<ExitCode, Failure> {
     let options = arguments.into_options()?;
     start_logging(&options.log, options.log_format)?;
-    Ok(run_node(options))
+    Ok(run::run(vec![options], || {}))
 }
 
 /// Runs three nodes until they are told to stop.
@@ -353,9 +354,11 @@ pub(crate) fn dev(mut arguments: DevArguments) -> Result<ExitCode, Failure> {
             .tempdir()
             .map_err(|error| Failure::Failed(format!("no temporary directory: {error}")))?;
         // The directory goes when this function returns, whatever the nodes came to.
-        return Ok(run_cluster(arguments.into_options(directory.path())));
+        let nodes = arguments.into_options(directory.path());
+        return Ok(run::run(nodes, || announce(directory.path(), false)));
     };
-    Ok(run_cluster(arguments.into_options(&data_dir)))
+    let nodes = arguments.into_options(&data_dir);
+    Ok(run::run(nodes, || announce(&data_dir, true)))
 }
 
 /// Sends log lines to standard error from now on.
@@ -370,17 +373,18 @@ pub(crate) fn start_logging(filter: &str, format: LogFormat) -> Result<(), Failu
     started.map_err(|error| Failure::Failed(format!("cannot log: {error}")))
 }
 
-/// Runs one node in this process until SIGINT or SIGTERM.
-fn run_node(options: ServeOptions) -> ExitCode {
-    run_cluster(vec![options])
-}
-
-/// Runs nodes in this process, each with all that it needs to itself, until SIGINT or SIGTERM.
-fn run_cluster(nodes: Vec<ServeOptions>) -> ExitCode {
-    for node in &nodes {
-        output::message(&format!("quorate: cannot run node {} yet", node.node_id));
-    }
-    ExitCode::FAILURE
+/// What `quorate dev` says when its nodes serve.
+fn announce(data_dir: &Path, kept: bool) {
+    let data = if kept { "kept" } else { "removed at the end" };
+    output::announcement(&format!(
+        "Quorate is ready: three nodes on 127.0.0.1:7400, 127.0.0.1:7401 and 127.0.0.1:7402\n\
+         Data in {} ({data}). Ctrl-C stops it. In another terminal:\n\n  \
+         quorate session create --principal alice theme=dark\n  \
+         quorate session list\n  \
+         quorate cluster status\n  \
+         quorate bench --work update --clients 64 --duration 5s",
+        data_dir.display()
+    ));
 }
 
 #[cfg(test)]

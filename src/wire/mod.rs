@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::server::TcpIncoming;
 
 use crate::limits::REQUEST_BYTES_MAX;
 use crate::proto::DESCRIPTORS;
@@ -54,7 +54,6 @@ pub async fn serve(
         draining.notify_waiters();
     };
     let served = tonic::transport::Server::builder()
-        .tcp_nodelay(true)
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(16 << 20)
         .max_concurrent_streams(4096)
@@ -70,7 +69,11 @@ pub async fn serve(
         .add_service(
             PipelineServiceServer::new(pipelines).max_decoding_message_size(REQUEST_BYTES_MAX),
         )
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), shutdown)
+        .serve_with_incoming_shutdown(
+            // The server only sets this itself on listeners that it has opened.
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            shutdown,
+        )
         .await;
     watching.abort();
     Ok(served?)
