@@ -302,7 +302,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             Err(_) => durable.fail(),
         });
         self.wal.truncate_from(next_index, done);
-        self.lock().last = last;
+        let mut shared = self.lock();
+        if shared.last.is_some_and(|held| held.index >= next_index) {
+            shared.last = last;
+        }
         Ok(())
     }
 
