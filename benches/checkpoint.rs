@@ -105,15 +105,16 @@ fn main() {
             write(&mut checkpoints, name, batch);
         }
         let each = (cpu() - total.0) * 1e6 / (rounds * count) as f64;
-        println!("{name}: {each:.2} us of CPU each, making them included; {:.2?}", total.1.elapsed());
+        println!(
+            "{name}: {each:.2} us of CPU each, making them included; {:.2?}",
+            total.1.elapsed()
+        );
     }
     let frozen = checkpoints.freeze().unwrap();
     let mut writer = SnapshotWriter::create(directory.path(), 1, b"").unwrap();
     let file = measured("snapshot", records, directory.path(), || {
         frozen
-            .records(&mut |key, value| {
-                writer.write(key, value).map_err(|error| error.into())
-            })
+            .records(&mut |key, value| writer.write(key, value).map_err(|error| error.into()))
             .unwrap();
         writer.finish().unwrap()
     });
