@@ -2,8 +2,8 @@
 //!
 //! `cargo bench --bench apply` prints a table. Sessions have one attribute of 256 bytes and are
 //! touched in random order. Operations include decoding their command, as they do when they come
-//! out of the log. Times are the thread's own, so that a machine that is busy with other things does
-//! not show. Resident bytes are what the process grew by, so they include what the allocator wastes.
+//! out of the log. Times are the thread's own, so that other work on the machine shows little.
+//! Resident bytes are what the process grew by, so they include what the allocator wastes.
 
 #![allow(
     missing_docs,
