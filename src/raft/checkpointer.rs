@@ -46,10 +46,10 @@ pub struct CheckpointPolicy {
 impl Default for CheckpointPolicy {
     fn default() -> Self {
         Self {
-            log_bytes: 192 << 20,
+            log_bytes: 256 << 20,
             age: Duration::from_secs(30),
             log_bytes_max: 1 << 30,
-            snapshot_log_bytes: 256 << 20,
+            snapshot_log_bytes: 512 << 20,
         }
     }
 }
@@ -269,7 +269,9 @@ impl Worker {
         done: oneshot::Sender<io::Result<SnapshotFile>>,
     ) -> Result<(), CheckpointError> {
         self.asked = false;
-        if self.parts.core.dirty_records() > 0 || self.parts.store.root().is_none() {
+        let applied = self.parts.core.last_applied().map(|log_id| log_id.index);
+        let held = self.parts.store.root().map(|root| root.index);
+        if held.is_none() || held < applied || self.parts.core.dirty_records() > 0 {
             self.checkpoint()?;
         }
         let current = self.shared().snapshot.clone();

@@ -64,6 +64,14 @@ impl Durable {
         state.epoch
     }
 
+    /// A log that holds everything: for state machines that are fed past their log.
+    #[cfg(test)]
+    pub(crate) fn of_everything() -> Arc<Self> {
+        let this = Self::default();
+        this.advance(0, u64::MAX);
+        Arc::new(this)
+    }
+
     /// Says that nothing more will become durable.
     pub(crate) fn fail(&self) {
         self.lock().failed = true;

@@ -26,7 +26,7 @@ use crate::limits::{
 use crate::proto::peer;
 use crate::proto::peer::exchange_request::Request as Question;
 use crate::proto::peer::exchange_response::Response as Answer;
-use crate::state::{self, Proposal, Reply};
+use crate::state::{self, Outcome, Proposal, Rejection, Reply};
 
 /// A pack that a leader has not answered for so long is sent again, perhaps to another leader.
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(2);
@@ -280,7 +280,12 @@ impl Proposals {
             return;
         }
         for (waiter, reply) in under_way.waiters.into_iter().zip(replies) {
-            if let Some(waiter) = waiter {
+            let Some(waiter) = waiter else { continue };
+            // An earlier sending may have been applied in time.
+            let late = reply.outcome == Outcome::Rejected(Rejection::RequestExpired);
+            if late && waiter.proposal.resend {
+                (waiter.done)(Err(ProposeError::OutcomeUnknown));
+            } else {
                 (waiter.done)(Ok(reply));
             }
         }
