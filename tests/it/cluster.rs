@@ -34,6 +34,7 @@ const PORTS: std::ops::Range<u32> = 12_000..30_000;
 static NEXT_PORT: AtomicU32 = AtomicU32::new(0);
 /// Lines of each node's trace that a failure shows.
 const TRACE_LINES: usize = 25;
+const TRACE_CHARS: usize = 400;
 
 /// What a cluster is started with.
 #[derive(Clone, Debug)]
@@ -47,7 +48,7 @@ pub(crate) struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { nodes: 3, initial_cluster: true, log: "info" }
+        Self { nodes: 3, initial_cluster: true, log: "info,openraft=off" }
     }
 }
 
@@ -67,6 +68,8 @@ pub(crate) struct Cluster {
     seed: u64,
     directory: TempDir,
     nodes: BTreeMap<u64, Node>,
+    /// A process that is to refuse.
+    refusing: Option<Child>,
     _permit: SemaphorePermit<'static>,
 }
 
@@ -158,7 +161,7 @@ impl Cluster {
             child: None,
         };
         let nodes = (1..=options.nodes).map(|id| (id, node(id))).collect();
-        Self { random, options, name, seed, directory, nodes, _permit: permit }
+        Self { random, options, name, seed, directory, nodes, refusing: None, _permit: permit }
     }
 
     pub(crate) fn ids(&self) -> Vec<u64> {
@@ -236,6 +239,24 @@ impl Cluster {
         node.child = Some(quorate().args(arguments).stderr(trace).spawn().unwrap());
     }
 
+    /// Runs a node that is to end by itself, beside those of the cluster.
+    pub(crate) async fn refused(&mut self, arguments: &[String]) -> Output {
+        let path = self.path().join("refused.trace");
+        let trace = File::create(&path).unwrap();
+        self.refusing = Some(quorate().args(arguments).stderr(trace).spawn().unwrap());
+        let status = eventually("the process refuses", async || {
+            let status = self.refusing.as_mut().and_then(|child| child.try_wait().unwrap());
+            status.ok_or_else(|| std::fs::read_to_string(&path).unwrap())
+        })
+        .await;
+        self.refusing = None;
+        Output {
+            code: status.code().unwrap_or(-1),
+            stdout: String::new(),
+            stderr: std::fs::read_to_string(&path).unwrap(),
+        }
+    }
+
     fn signal(&mut self, id: u64, signal: Signal) {
         let child = self.node(id).child.as_ref().expect("the node is running");
         kill_process(Pid::from_child(child), signal).unwrap();
@@ -252,6 +273,7 @@ impl Cluster {
     pub(crate) fn kill_all(&mut self) {
         let mut children: Vec<Child> =
             self.nodes.values_mut().filter_map(|node| node.child.take()).collect();
+        children.extend(self.refusing.take());
         for child in &mut children {
             child.kill().unwrap();
         }
@@ -277,12 +299,17 @@ impl Cluster {
 
     /// Waits until the node's process ends by itself.
     pub(crate) async fn exited(&mut self, id: u64) -> ExitStatus {
-        let mut child = self.node(id).child.take().expect("the node is running");
-        let status = eventually("the process ends", async || match child.try_wait().unwrap() {
-            Some(status) => Ok(status),
-            None => Err("it runs".to_owned()),
-        });
-        status.await
+        let mut ended = None;
+        // Should it never end, it is killed all the same when the test does.
+        let patience = Patience::new();
+        while ended.is_none() {
+            let node = self.node(id);
+            let child = node.child.as_mut().expect("the node is running");
+            ended = child.try_wait().unwrap();
+            patience.pause("the process ends", "it runs").await;
+        }
+        self.node(id).child = None;
+        ended.unwrap()
     }
 
     /// Waits until the node serves; starts it again if its port was taken.
@@ -467,7 +494,7 @@ impl Drop for Cluster {
             let lines: Vec<&str> = trace.lines().collect();
             println!("--- node {id}, {} lines:", lines.len());
             for line in &lines[lines.len().saturating_sub(TRACE_LINES)..] {
-                println!("{line}");
+                println!("{}", line.chars().take(TRACE_CHARS).collect::<String>());
             }
         }
     }

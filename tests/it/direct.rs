@@ -17,24 +17,31 @@ use tonic_types::StatusExt as _;
 #[derive(Clone)]
 pub(crate) struct Direct {
     channel: Channel,
-    timeout: Duration,
+    timeout: Option<Duration>,
 }
 
 impl Direct {
     pub(crate) fn new(address: &str) -> Self {
         let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
         let channel = endpoint.connect_timeout(Duration::from_secs(2)).connect_lazy();
-        Self { channel, timeout: Duration::from_secs(5) }
+        Self { channel, timeout: Some(Duration::from_secs(5)) }
     }
 
     /// The same, with another deadline for its calls.
     pub(crate) fn with_timeout(&self, timeout: Duration) -> Self {
-        Self { channel: self.channel.clone(), timeout }
+        Self { channel: self.channel.clone(), timeout: Some(timeout) }
+    }
+
+    /// The same, with no deadline but the server's own, so that the answer is the server's too.
+    pub(crate) fn without_timeout(&self) -> Self {
+        Self { channel: self.channel.clone(), timeout: None }
     }
 
     fn call<M>(&self, message: M) -> Request<M> {
         let mut call = Request::new(message);
-        call.set_timeout(self.timeout);
+        if let Some(timeout) = self.timeout {
+            call.set_timeout(timeout);
+        }
         call
     }
 
