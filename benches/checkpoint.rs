@@ -31,11 +31,11 @@ fn measured<T>(name: &str, changes: u64, path: &Path, work: impl FnOnce() -> T) 
     let (wall, before) = (Instant::now(), cpu());
     let result = work();
     let (wall, used) = (wall.elapsed(), cpu() - before);
-    let disk = disk_mib(path);
+    let (disk, rss) = (disk_mib(path), resident_mib());
     let each = used * 1e6 / changes as f64;
     println!(
-        "{name:<28} {wall:>9.2?}  cpu {used:>5.2} s ({each:>6.2} us each)  rss {:>4} MiB  disk {disk:>5} MiB",
-        resident_mib()
+        "{name:<28} {wall:>9.2?}  cpu {used:>5.2} s ({each:>6.2} us each)  rss {rss:>4} MiB  \
+         disk {disk:>5} MiB"
     );
     result
 }

@@ -96,7 +96,7 @@ async fn status(client: &Client, common: &Common) -> Result<(), Failure> {
     common.output().list(&table, &objects)?;
     for node in &nodes {
         match &node.status {
-            Err(why) => output::message(&format!("quorate: {}: {why}", node.address)),
+            Err(why) => output::message(&format!("quorate: {}", node.complaint(why))),
             Ok(status) if !status.halted_reason.is_empty() => {
                 let reason = printable(&status.halted_reason);
                 output::message(&format!("quorate: node {} has halted: {reason}", node.node_id));
@@ -130,7 +130,7 @@ async fn find_nodes(client: &Client, common: &Common) -> Vec<Node> {
         let client = client.clone();
         asking.spawn(async move {
             let status = if address.is_empty() {
-                Err("its client address is not known yet".to_owned())
+                Err(format!("the client address of node {node_id} is not known yet"))
             } else {
                 client.status(&address).await.map_err(|error| error.to_string())
             };
@@ -142,6 +142,14 @@ async fn find_nodes(client: &Client, common: &Common) -> Vec<Node> {
 }
 
 impl Node {
+    /// Why it did not answer, with its address said once.
+    fn complaint(&self, why: &str) -> String {
+        if why.starts_with(&self.address) {
+            return why.to_owned();
+        }
+        format!("{}: {why}", self.address)
+    }
+
     fn row(&self) -> Vec<String> {
         let number = if self.node_id == 0 { "?".to_owned() } else { self.node_id.to_string() };
         let mut row = vec![number, printable(&self.address)];
@@ -296,6 +304,8 @@ mod tests {
         let node = Node { node_id: 2, address: "a:1".into(), status: Err("refused".into()) };
         assert_eq!(node.row(), ["2", "a:1", "unreachable"]);
         assert_eq!(node.json()["role"], "unreachable");
+        assert_eq!(node.complaint("refused"), "a:1: refused");
+        assert_eq!(node.complaint("a:1: refused"), "a:1: refused");
     }
 
     #[test]

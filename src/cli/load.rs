@@ -225,15 +225,17 @@ struct Caller {
 
 impl Caller {
     async fn run(mut self) {
+        let mut end = Instant::now();
         loop {
-            let start = Instant::now();
+            let start = end;
             let result = self.operate().await;
+            end = Instant::now();
             let phase = self.shared.phase.load(Ordering::Relaxed);
             if phase == Phase::Stop as u8 {
                 return;
             }
             if phase == Phase::Measure as u8 {
-                let nanos = u64::try_from(start.elapsed().as_nanos()).unwrap_or(LATENCY_MAX);
+                let nanos = u64::try_from((end - start).as_nanos()).unwrap_or(LATENCY_MAX);
                 let mut tally = self.shared.lock();
                 match result {
                     Ok(()) => tally.latencies.saturating_record(nanos),

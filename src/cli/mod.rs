@@ -54,7 +54,7 @@ struct Common {
     timeout: Duration,
     /// Print tables or JSON
     #[arg(long, global = true, env = "QUORATE_OUTPUT", value_enum, default_value_t)]
-    #[arg(value_name = "FORMAT", help_heading = "Global options", hide_possible_values = false)]
+    #[arg(value_name = "FORMAT", help_heading = "Global options")]
     output: Format,
 }
 

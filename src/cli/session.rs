@@ -132,6 +132,14 @@ impl SetArguments {
                 positional = rest;
             }
         }
+        let changes = !positional.is_empty()
+            || !self.remove.is_empty()
+            || self.principal.is_some()
+            || self.idle_timeout.is_some();
+        if !changes {
+            let message = "nothing to set; `quorate session touch` counts an access";
+            return Err(Failure::Usage(message.to_owned()));
+        }
         let selector = argument::selector(id, self.handle.as_deref(), stdin)?;
         let mut update = Update::new();
         for text in positional {
@@ -281,7 +289,7 @@ fn show(output: Output, session: &Session, revision: u64) -> Result<(), Failure>
     table.row(["principal", &principal]);
     table.row(["version", &session.version.to_string()]);
     table.row(["age", &age(session.created)]);
-    table.row(["last access", &format!("{} ago", age(session.last_access))]);
+    table.row(["last access", &session.last_access.map_or_else(none, |_| ago(session))]);
     table.row(["idle timeout", &timeout_text(session.idle_timeout)]);
     table.row(["absolute timeout", &timeout_text(session.absolute_timeout)]);
     table.row(["expires", &expiry(session.expires)]);
@@ -297,6 +305,10 @@ fn show(output: Output, session: &Session, revision: u64) -> Result<(), Failure>
     }
     let json = json!({ "revision": revision, "session": session_json(session, true) });
     output.result(text.trim_end(), &json)
+}
+
+fn ago(session: &Session) -> String {
+    format!("{} ago", age(session.last_access))
 }
 
 fn expiry(time: Option<std::time::SystemTime>) -> String {
@@ -372,6 +384,8 @@ mod tests {
         let (selector, _) = set(&format!("--handle {HANDLE} a=b")).unwrap();
         assert!(matches!(selector, Selector::Handle(_)));
         assert!(matches!(set("a=b"), Err(Failure::Usage(_))));
+        assert!(matches!(set(ID), Err(Failure::Usage(_))));
+        assert!(set(&format!("{ID} --remove a")).is_ok());
         assert!(matches!(set(&format!("{ID} {ID}")), Err(Failure::Usage(_))));
         assert!(matches!(set(&format!("--handle {HANDLE} {ID}")), Err(Failure::Usage(_))));
     }

@@ -74,14 +74,15 @@ impl Connection {
         Ok((connection, hello))
     }
 
-    /// One attempt, of at most `timeout`.
+    /// One attempt, of at most `timeout` from `now`.
     pub(super) async fn call(
         &self,
         request: Arc<Request>,
+        now: Instant,
         timeout: Duration,
     ) -> Result<Response, Failure> {
         match &self.pipeline {
-            Some(pipeline) => pipeline.call(request, timeout).await,
+            Some(pipeline) => pipeline.call(request, now, timeout).await,
             None => self.call_unary(&request, timeout).await,
         }
     }

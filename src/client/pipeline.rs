@@ -74,16 +74,16 @@ impl Pipeline {
         Ok((pipeline, hello))
     }
 
-    /// Sends `request` and waits for its answer, for at most `timeout`.
+    /// Sends `request` and waits for its answer, for at most `timeout` from `now`.
     pub(super) async fn call(
         &self,
         request: Arc<Request>,
+        now: Instant,
         timeout: Duration,
     ) -> Result<Response, Failure> {
-        let deadline = Instant::now() + timeout;
-        let answer = match self.shared.submit(request, timeout, deadline) {
+        let answer = match self.shared.submit(request, now, timeout) {
             Ok(answer) => answer,
-            Err(refused) => self.submit_when_there_is_room(refused?, timeout, deadline).await?,
+            Err(refused) => self.submit_when_there_is_room(refused?, now, timeout).await?,
         };
         // The reader drops the sender only together with the whole connection.
         answer.await.unwrap_or_else(|_| Err(Failure::lost("the connection was closed")))
@@ -93,16 +93,16 @@ impl Pipeline {
     async fn submit_when_there_is_room(
         &self,
         mut request: Arc<Request>,
+        now: Instant,
         timeout: Duration,
-        deadline: Instant,
     ) -> Result<Answer, Failure> {
         loop {
             let room = self.shared.room.notified();
-            match self.shared.submit(request, timeout, deadline) {
+            match self.shared.submit(request, now, timeout) {
                 Ok(answer) => return Ok(answer),
                 Err(refused) => request = refused?,
             }
-            if tokio::time::timeout_at(deadline, room).await.is_err() {
+            if tokio::time::timeout_at(now + timeout, room).await.is_err() {
                 let message = "the connection had no room for another request";
                 return Err(Failure::NotSent(Error::DeadlineExceeded { message: message.into() }));
             }
@@ -178,9 +178,10 @@ impl Shared {
     fn submit(
         &self,
         request: Arc<Request>,
+        sent: Instant,
         timeout: Duration,
-        deadline: Instant,
     ) -> Result<Answer, Result<Arc<Request>, Failure>> {
+        let deadline = sent + timeout;
         let mut state = self.lock();
         if let Some(why) = &state.closed {
             return Err(Err(Failure::NotSent(Error::unavailable(why.clone()))));
@@ -190,8 +191,6 @@ impl Shared {
             return Err(Ok(request));
         };
         let (sender, answer) = oneshot::channel();
-        // The deadline less the timeout is when the caller came: one reading of the clock.
-        let sent = deadline.checked_sub(timeout).unwrap_or(deadline);
         state.slots[index as usize] = Slot::Waiting { answer: sender, sent, deadline };
         state.queue.push_back(Outgoing { correlation_id: u64::from(index) + 1, timeout, request });
         let writer = state.writer.take();
@@ -496,7 +495,7 @@ mod tests {
     }
 
     fn submit(shared: &Shared, timeout: Duration) -> Answer {
-        match shared.submit(request(), timeout, Instant::now() + timeout) {
+        match shared.submit(request(), Instant::now(), timeout) {
             Ok(answer) => answer,
             Err(_) => panic!("there is room"),
         }
@@ -561,7 +560,7 @@ mod tests {
         let timeout = Duration::from_secs(1);
         let _answers: Vec<Answer> =
             (0..PIPELINE_IN_FLIGHT_MAX).map(|_| submit(&shared, timeout)).collect();
-        assert!(matches!(shared.submit(request(), timeout, Instant::now()), Err(Ok(_))));
+        assert!(matches!(shared.submit(request(), Instant::now(), timeout), Err(Ok(_))));
         shared.answer(response(7, 1)).unwrap();
         let _answer = submit(&shared, timeout);
     }
@@ -573,7 +572,7 @@ mod tests {
         shared.close("gone");
         assert!(matches!(answer.try_recv().unwrap(), Err(Failure::Unknown(_))));
         assert!(matches!(
-            shared.submit(request(), Duration::from_secs(1), Instant::now()),
+            shared.submit(request(), Instant::now(), Duration::from_secs(1)),
             Err(Err(Failure::NotSent(_)))
         ));
     }

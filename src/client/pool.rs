@@ -93,16 +93,26 @@ impl Pool {
         })
     }
 
+    /// The next connection in turn if it is up; else its number, to [`Pool::connect`] it.
+    pub(super) fn ready_connection(&self) -> Result<Arc<Connection>, usize> {
+        let index = self.next.fetch_add(1, Ordering::Relaxed) % self.slots.len();
+        match &*self.slots[index].borrow() {
+            Slot::Ready(connection) if !connection.is_closed() => Ok(connection.clone()),
+            _ => Err(index),
+        }
+    }
+
     /// A connection that is up, made if need be; an error when no node could be reached.
     pub(super) async fn connection(self: &Arc<Self>) -> Result<Arc<Connection>, Error> {
-        let index = self.next.fetch_add(1, Ordering::Relaxed) % self.slots.len();
-        let slot = &self.slots[index];
-        if let Slot::Ready(connection) = &*slot.borrow()
-            && !connection.is_closed()
-        {
-            return Ok(connection.clone());
+        match self.ready_connection() {
+            Ok(connection) => Ok(connection),
+            Err(index) => self.connect(index).await,
         }
-        let mut watched = slot.subscribe();
+    }
+
+    /// Connection `index` once it is up; an error when no node could be reached.
+    pub(super) async fn connect(self: &Arc<Self>, index: usize) -> Result<Arc<Connection>, Error> {
+        let mut watched = self.slots[index].subscribe();
         self.start_connecting(index);
         loop {
             match &*watched.borrow_and_update() {

@@ -31,9 +31,17 @@ const ENVELOPE_BYTES: usize = 64;
 
 impl Client {
     /// Sends `request` until it has an outcome or the client's timeout has passed.
-    pub(super) async fn call(&self, mut request: Request) -> Result<Response, Error> {
-        let start = Instant::now();
-        let deadline = start + self.timeout;
+    pub(super) fn call(
+        &self,
+        request: Request,
+    ) -> impl Future<Output = Result<Response, Error>> + Send + '_ {
+        // Behind a pointer before the first future is made, so that none has to carry it.
+        self.call_shared(Arc::new(request))
+    }
+
+    async fn call_shared(&self, mut request: Arc<Request>) -> Result<Response, Error> {
+        let mut now = Instant::now();
+        let deadline = now + self.timeout;
         if request.encoded_len() > REQUEST_BYTES_MAX - ENVELOPE_BYTES {
             return Err(Error::LimitExceeded {
                 limit: Some("request_bytes".to_owned()),
@@ -41,14 +49,13 @@ impl Client {
                 message: format!("the request is larger than {REQUEST_BYTES_MAX} bytes"),
             });
         }
-        let is_write = context(&mut request).is_some();
-        let mut request = Arc::new(request);
         let mut progress = Progress::default();
         loop {
-            let failure = match self.attempt(&mut request, deadline, &mut progress).await {
+            let failure = match self.attempt(&mut request, now, deadline, &mut progress).await {
                 Ok(response) => return Ok(response),
                 Err(failure) => failure,
             };
+            let is_write = context(Arc::make_mut(&mut request)).is_some();
             let delay = match failure {
                 Failure::Final(error) => return Err(progress.conclude(error, is_write)),
                 Failure::NotApplied { error, delay, .. } => progress.note(error, delay),
@@ -63,21 +70,27 @@ impl Client {
                 return Err(progress.give_up(is_write, self.timeout));
             }
             tokio::time::sleep(pause).await;
+            now = Instant::now();
         }
     }
 
     async fn attempt(
         &self,
         request: &mut Arc<Request>,
+        mut now: Instant,
         deadline: Instant,
         progress: &mut Progress,
     ) -> Result<Response, Failure> {
-        let connecting = self.pool.connection();
-        let connection = match tokio::time::timeout_at(deadline, connecting).await {
-            Ok(connection) => connection.map_err(Failure::NotSent)?,
-            Err(_) => return Err(Failure::NotSent(Error::unavailable("no node could be reached"))),
+        let connection = match self.pool.ready_connection() {
+            Ok(connection) => connection,
+            Err(index) => {
+                let connecting = self.pool.connect(index);
+                let connected = tokio::time::timeout_at(deadline, connecting).await;
+                now = Instant::now();
+                let late = |_| Err(Error::unavailable("no node could be reached"));
+                connected.unwrap_or_else(late).map_err(Failure::NotSent)?
+            }
         };
-        let now = Instant::now();
         self.pool.refresh_if_due(&connection, now);
         let timeout = deadline.saturating_duration_since(now).min(self.attempt_timeout);
         // Copies the request only if the attempt before is still in the transport's hands.
@@ -89,7 +102,7 @@ impl Client {
         {
             context.resend = true;
         }
-        let result = connection.call(request.clone(), timeout).await;
+        let result = connection.call(request.clone(), now, timeout).await;
         progress.sent |= !matches!(result, Err(Failure::NotSent(_)));
         match &result {
             Err(Failure::NotApplied { elsewhere: true, .. }) => self.pool.complain(&connection),
@@ -105,8 +118,10 @@ impl Client {
     fn date(&self, request: &mut Request) -> Result<(), Failure> {
         let Some(context) = context(request) else { return Ok(()) };
         let Some(now) = self.pool.time.now() else {
-            let message = "the node has not heard the cluster's time yet";
-            return Err(Failure::NotSent(Error::unavailable(message)));
+            return Err(Failure::NotSent(Error::Unavailable {
+                reason: "NOT_INITIALIZED".to_owned(),
+                message: "the node belongs to no cluster yet, or has not heard its time".to_owned(),
+            }));
         };
         let lifetime = self.timeout.min(EXPIRE_AFTER_MAX);
         let expiry = now.saturating_add(i64::try_from(lifetime.as_millis()).unwrap_or(i64::MAX));

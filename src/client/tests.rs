@@ -377,7 +377,8 @@ async fn a_create_is_minted_here_and_resent_as_the_same_session() {
 
 #[tokio::test]
 async fn refusals_are_not_retried() {
-    let cases: [(Code, &str, fn(&Error) -> bool); 5] = [
+    type Expected = fn(&Error) -> bool;
+    let cases: [(Code, &str, Expected); 5] = [
         (Code::NotFound, "SESSION_NOT_FOUND", |e| matches!(e, Error::NotFound { .. })),
         (Code::FailedPrecondition, "VERSION_MISMATCH", |e| {
             matches!(e, Error::VersionMismatch { current: None, .. })

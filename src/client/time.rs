@@ -50,7 +50,8 @@ impl ClusterTime {
 
     /// Takes what a node has just said.
     pub(super) fn learn(&self, time: &prost_types::Timestamp) {
-        let Some(time) = millis_from_proto(time) else { return };
+        // A node that belongs to no cluster has no time to tell.
+        let Some(time) = millis_from_proto(time).filter(|time| *time > 0) else { return };
         self.offset.store(time.saturating_sub(self.monotonic()), Ordering::Relaxed);
     }
 
@@ -136,6 +137,7 @@ mod tests {
         let time = ClusterTime::new(Arc::new(Manual(Mutex::new(Duration::ZERO))));
         time.learn(&prost_types::Timestamp { seconds: i64::MAX, nanos: 0 });
         time.learn(&prost_types::Timestamp { seconds: -1, nanos: 0 });
+        time.learn(&prost_types::Timestamp::default());
         assert_eq!(time.now(), None);
         assert_eq!(system_time(Some(prost_types::Timestamp { seconds: i64::MIN, nanos: 1 })), None);
         let broken = prost_types::Duration { seconds: -3, nanos: 0 };

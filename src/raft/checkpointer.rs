@@ -225,11 +225,9 @@ impl Worker {
     }
 
     fn checkpoint(&mut self) -> Result<(), CheckpointError> {
-        let Some(Taken { boundary, installed, changes }) = self.parts.core.take_dirty() else {
-            return Ok(());
-        };
-        let index = boundary.log_id.index;
-        if !self.parts.durable.wait(index) {
+        let Taken { boundary, installed, changes } = self.parts.core.take_dirty();
+        let index = boundary.index();
+        if !self.parts.durable.wait(boundary.next_index()) {
             return Err(CheckpointError::Record("the log has stopped".to_owned()));
         }
         let started = self.parts.clock.monotonic();
@@ -271,10 +269,12 @@ impl Worker {
         done: oneshot::Sender<io::Result<SnapshotFile>>,
     ) -> Result<(), CheckpointError> {
         self.asked = false;
-        self.checkpoint_if_dirty()?;
+        if self.parts.core.dirty_records() > 0 || self.parts.store.root().is_none() {
+            self.checkpoint()?;
+        }
         let current = self.shared().snapshot.clone();
         let Some(frozen) = self.parts.store.freeze() else {
-            let _ = done.send(Err(io::Error::other("nothing has been applied yet")));
+            let _ = done.send(Err(io::Error::other("there is no checkpoint")));
             return Ok(());
         };
         if let Some(file) = current.filter(|file| file.index >= frozen.root().index) {

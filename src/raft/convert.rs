@@ -147,7 +147,7 @@ struct MemberV1 {
 /// What a checkpoint or snapshot holds besides the state's records.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct CheckpointV1 {
-    log_id: (u64, u64),
+    log_id: Option<(u64, u64)>,
     membership_log_id: Option<(u64, u64)>,
     membership: MembershipV1,
     state: Vec<u8>,
@@ -156,10 +156,23 @@ pub(crate) struct CheckpointV1 {
 /// A point of the log at which the state was taken.
 #[derive(Clone, Debug)]
 pub(crate) struct Boundary {
-    pub(crate) log_id: LogId,
+    /// The last entry applied; `None` if there was none.
+    pub(crate) log_id: Option<LogId>,
     pub(crate) membership: StoredMembership,
     /// The state's own header.
     pub(crate) state: Bytes,
+}
+
+impl Boundary {
+    /// Log index of the last entry applied; 0 also if there was none.
+    pub(crate) fn index(&self) -> u64 {
+        self.log_id.map_or(0, |log_id| log_id.index)
+    }
+
+    /// Log index of the first entry not applied.
+    pub(crate) fn next_index(&self) -> u64 {
+        self.log_id.map_or(0, |log_id| log_id.index + 1)
+    }
 }
 
 fn encode(metadata: &Metadata) -> Bytes {
@@ -241,7 +254,7 @@ fn membership_decode(bytes: &[u8]) -> Result<Membership, Malformed> {
 
 pub(crate) fn boundary_encode(boundary: &Boundary) -> Bytes {
     encode(&Metadata::Checkpoint(CheckpointV1 {
-        log_id: (term_of(&boundary.log_id), boundary.log_id.index),
+        log_id: boundary.log_id.as_ref().map(|id| (term_of(id), id.index)),
         membership_log_id: boundary.membership.log_id().as_ref().map(|id| (term_of(id), id.index)),
         membership: membership_v1(boundary.membership.membership()),
         state: boundary.state.to_vec(),
@@ -254,7 +267,7 @@ pub(crate) fn boundary_decode(bytes: &[u8]) -> Result<Boundary, Malformed> {
     };
     let membership = membership_from_v1(from.membership)?;
     Ok(Boundary {
-        log_id: log_id(from.log_id.0, from.log_id.1),
+        log_id: from.log_id.map(|(term, index)| log_id(term, index)),
         membership: StoredMembership::new(
             from.membership_log_id.map(|(term, index)| log_id(term, index)),
             membership,

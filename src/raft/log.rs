@@ -70,13 +70,14 @@ impl Durable {
         self.changed.notify_all();
     }
 
-    /// Blocks until the record at `index` is on disk. False if the log has failed or closed.
-    pub(crate) fn wait(&self, index: u64) -> bool {
+    /// Blocks until every record before `next_index` is on disk. False if the log has failed or
+    /// closed before.
+    pub(crate) fn wait(&self, next_index: u64) -> bool {
         let state = self
             .changed
-            .wait_while(self.lock(), |state| !state.failed && state.next_index <= index)
+            .wait_while(self.lock(), |state| !state.failed && state.next_index < next_index)
             .unwrap_or_else(PoisonError::into_inner);
-        state.next_index > index
+        state.next_index >= next_index
     }
 }
 
@@ -192,8 +193,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
             Bound::Excluded(index) => *index,
             Bound::Unbounded => next,
         };
-        let purged = self.lock().purged.map_or(0, |purged| purged.index + 1);
-        let (mut from, until) = (from.max(purged), until.min(next));
+        let (mut from, until) = (from.max(self.wal.first_index()), until.min(next));
         let mut entries = Vec::new();
         while from < until {
             let read = self.read(from, until, usize::MAX)?;
@@ -302,7 +302,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             Err(_) => durable.fail(),
         });
         self.wal.truncate_from(next_index, done);
-        self.lock().last = last;
+        let mut shared = self.lock();
+        if shared.last.is_some_and(|held| held.index >= next_index) {
+            shared.last = last;
+        }
         Ok(())
     }
 

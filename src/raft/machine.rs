@@ -68,7 +68,7 @@ impl Core {
         installed: Option<SnapshotFile>,
     ) -> Arc<Self> {
         let (last_applied, membership, state) = match recovered {
-            Some((boundary, state)) => (Some(boundary.log_id), boundary.membership, state),
+            Some((boundary, state)) => (boundary.log_id, boundary.membership, state),
             None => (None, StoredMembership::default(), State::new()),
         };
         let applied = Applied {
@@ -112,15 +112,18 @@ impl Core {
         inner.dirty.len() + usize::from(inner.installed.is_some())
     }
 
-    /// Takes all changes since the last take. `None` if nothing was ever applied.
-    pub(crate) fn take_dirty(&self) -> Option<Taken> {
+    /// Takes all changes since the last take.
+    pub(crate) fn take_dirty(&self) -> Taken {
         let mut inner = self.lock();
-        let boundary = inner.boundary()?;
-        Some(Taken {
-            boundary,
+        Taken {
+            boundary: Boundary {
+                log_id: inner.last_applied,
+                membership: inner.membership.clone(),
+                state: inner.state.header(),
+            },
             installed: inner.installed.take(),
             changes: std::mem::take(&mut inner.dirty),
-        })
+        }
     }
 
     fn apply(&self, entry: super::types::Entry, wanted: bool) -> io::Result<PackReply> {
@@ -143,9 +146,9 @@ impl Core {
 
     fn install(&self, boundary: Boundary, state: State, file: SnapshotFile) {
         let mut inner = self.lock();
-        let applied = Applied { next_index: boundary.log_id.index + 1, revision: state.revision() };
+        let applied = Applied { next_index: boundary.next_index(), revision: state.revision() };
         inner.state = state;
-        inner.last_applied = Some(boundary.log_id);
+        inner.last_applied = boundary.log_id;
         inner.membership = boundary.membership;
         inner.dirty = HashMap::new();
         inner.installed = Some(file);
@@ -155,14 +158,6 @@ impl Core {
 }
 
 impl Inner {
-    fn boundary(&self) -> Option<Boundary> {
-        Some(Boundary {
-            log_id: self.last_applied?,
-            membership: self.membership.clone(),
-            state: self.state.header(),
-        })
-    }
-
     fn apply_pack(&mut self, pack: Bytes, wanted: bool) -> io::Result<Vec<Reply>> {
         let entry = state::decode_entry(pack)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
@@ -255,10 +250,7 @@ pub(crate) fn load_snapshot_header(file: &SnapshotFile) -> io::Result<Boundary> 
 
 /// The metadata of a snapshot file, from its header.
 pub(crate) fn snapshot_meta(boundary: &Boundary) -> SnapshotMeta {
-    SnapshotMeta {
-        last_log_id: Some(boundary.log_id),
-        last_membership: boundary.membership.clone(),
-    }
+    SnapshotMeta { last_log_id: boundary.log_id, last_membership: boundary.membership.clone() }
 }
 
 impl RaftStateMachine<TypeConfig> for StateMachine {
@@ -298,17 +290,13 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         let (boundary, state) = tokio::task::spawn_blocking(move || load_snapshot(&file))
             .await
             .map_err(io::Error::other)??;
-        if Some(boundary.log_id) != meta.last_log_id {
+        if boundary.log_id != meta.last_log_id {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
                 format!("snapshot {} is not the one announced", snapshot.path.display()),
             ));
         }
-        tracing::info!(
-            index = boundary.log_id.index,
-            sessions = state.sessions(),
-            "snapshot installed"
-        );
+        tracing::info!(index = boundary.index(), sessions = state.sessions(), "snapshot installed");
         self.core.install(boundary, state, snapshot.clone());
         self.checkpointer.installed(snapshot);
         Ok(())

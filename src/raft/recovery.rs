@@ -59,7 +59,7 @@ pub(crate) fn recover(paths: &StoragePaths) -> Result<Recovery, RecoveryError> {
     snapshot::prepare(&paths.snapshots).map_err(because)?;
     let (store, checkpoint) = open_checkpoint(&paths.checkpoint)?;
     let snapshot = snapshot::newest(&paths.snapshots).map_err(because)?;
-    let checkpoint_index = checkpoint.as_ref().map(|(boundary, _)| boundary.log_id.index);
+    let checkpoint_index = checkpoint.as_ref().map(|(boundary, _)| boundary.index());
     let newer = snapshot.as_ref().filter(|file| Some(file.index) > checkpoint_index);
     let (state, replace_with) = match newer {
         None => (checkpoint, None),
@@ -85,7 +85,7 @@ pub(crate) fn recover(paths: &StoragePaths) -> Result<Recovery, RecoveryError> {
     if let Some(torn) = &recovered.repaired_tail {
         tracing::warn!(?torn, "the log ended in a record that was being written; cut off");
     }
-    let next = state.as_ref().map_or(0, |(boundary, _)| boundary.log_id.index + 1);
+    let next = state.as_ref().map_or(0, |(boundary, _)| boundary.next_index());
     if recovered.first_index > next {
         return Err(because(format_args!(
             "the log begins at index {}, but the state on disk ends before {next}: checkpoint and \

@@ -15,7 +15,7 @@ use super::command::{
 };
 use super::packing::Reader;
 use super::retry::Requests;
-use super::session::{Facts, Head, Session, Sliding};
+use super::session::{Facts, Session, Times};
 use super::time::Timestamp;
 use super::tombstone::Tombstone;
 use crate::limits::{SESSION_ATTRIBUTES_MAX, SESSION_BYTES_MAX};
@@ -57,20 +57,19 @@ impl State {
         let revision = self.next_revision();
         let mut requests = Requests::default();
         requests.remember(request, resend, revision, clock);
-        let facts = Facts {
+        let times = Times {
             create_time: clock,
             created_revision: revision,
+            last_access_time: clock,
             idle_timeout: idle_timeout.unwrap_or(self.policy.idle_timeout),
             absolute_timeout: absolute_timeout.unwrap_or(self.policy.absolute_timeout),
-            principal: principal.as_deref(),
-            requests,
         };
+        let facts = Facts { times, principal: principal.as_deref(), requests };
         let nothing = Attributes::new(Reader::new(&[]));
         let (body, totals) = facts.pack(nothing, attributes, &[], &mut self.scratch);
         check_totals(totals)?;
-        let deadline = facts.sliding().renewed(clock);
-        let head = Head { version: revision, deadline, last_access_time: clock };
-        let session = Session::new(key, head, body);
+        let deadline = times.sliding().renewed(clock);
+        let session = Session::new(key, revision, deadline, body);
         self.revision = revision;
         self.put_session(key, Some(session), Cause::Created, changes);
         Ok(written(revision, deadline))
@@ -109,20 +108,20 @@ impl State {
 
         let clock = self.clock.time;
         let revision = self.next_revision();
-        let before = facts.sliding();
+        let before = facts.times.sliding();
         facts.requests.remember(request, resend, revision, clock);
-        facts.idle_timeout = idle_timeout.unwrap_or(facts.idle_timeout);
+        facts.times.last_access_time = clock;
+        facts.times.idle_timeout = idle_timeout.unwrap_or(facts.times.idle_timeout);
         if let Some(principal) = principal {
             facts.principal = principal.as_deref();
         }
         let (body, totals) = facts.pack(attributes, set, remove, &mut self.scratch);
         check_totals(totals)?;
-        let deadline = match facts.sliding() {
+        let deadline = match facts.times.sliding() {
             after if after == before => after.slid(session.deadline(), clock),
             after => after.renewed(clock),
         };
-        let head = Head { version: revision, deadline, last_access_time: clock };
-        let session = Session::new(key, head, body);
+        let session = Session::new(key, revision, deadline, body);
         self.revision = revision;
         self.put_session(key, Some(session), Cause::Updated, changes);
         Ok(written(revision, deadline))
@@ -138,14 +137,13 @@ impl State {
         self.admit(request, key, changes)?;
         let session = self.records.session(key).ok_or(Rejection::SessionNotFound)?;
         let version = session.version();
-        let Some(head) = session.touched_at(self.clock.time) else {
+        let Some(touched) = session.touched(key, self.clock.time) else {
             let outcome = Outcome::Written { version, deadline: session.deadline() };
             return Ok(Reply { revision: self.revision, outcome });
         };
-        let session = session.touched(key, head);
+        let outcome = Outcome::Written { version, deadline: touched.deadline() };
         self.revision = self.next_revision();
-        self.put_session(key, Some(session), Cause::Touched, changes);
-        let outcome = Outcome::Written { version, deadline: head.deadline };
+        self.put_session(key, Some(touched), Cause::Touched, changes);
         Ok(Reply { revision: self.revision, outcome })
     }
 
@@ -205,13 +203,6 @@ impl State {
         };
         let replay = replay(&tombstone.requests(), request, resend, None)?;
         replay.ok_or(Rejection::SessionNotFound)
-    }
-}
-
-impl Facts<'_> {
-    fn sliding(&self) -> Sliding {
-        let cap = self.absolute_timeout.deadline(self.create_time);
-        Sliding { idle_timeout: self.idle_timeout, cap }
     }
 }
 

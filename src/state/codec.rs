@@ -15,15 +15,16 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use super::FEATURE_LEVEL;
-use super::attributes::is_well_formed;
+use super::attributes::{Attributes, is_well_formed};
 use super::command::{
     Attribute, Command, Digest, Namespace, Outcome, Record, RecordKey, Rejection, Reply, Request,
     Revision, SessionKey,
 };
 use super::digest::{SESSION, TOMBSTONE};
+use super::packing::Reader;
 use super::restore::StateHeader;
 use super::retry::{Remembered, Requests};
-use super::session::{Facts, Head, Session, packed_timeout, unpacked_timeout};
+use super::session::{Facts, Session, Times, packed_timeout, unpacked_timeout};
 use super::time::{Stamp, Timeout, Timestamp};
 use super::tombstone::Tombstone;
 use crate::proto::stored;
@@ -334,10 +335,19 @@ pub fn encode_record(record: &Record, out: &mut Vec<u8>) {
 ///
 /// Errors: the bytes are no record of that kind.
 pub fn decode_record(key: &RecordKey, bytes: &[u8]) -> Result<Record, CodecError> {
+    decode_record_with(key, bytes, &mut Vec::new())
+}
+
+/// The same, with a buffer that was used before.
+pub(super) fn decode_record_with(
+    key: &RecordKey,
+    bytes: &[u8],
+    scratch: &mut Vec<u8>,
+) -> Result<Record, CodecError> {
     let record = stored::Record::decode(bytes)?.record;
     match (key, record.ok_or(Malformed("an empty record"))?) {
         (RecordKey::Session(key), stored::record::Record::Session(session)) => {
-            Ok(Record::Session(Arc::new(session_of(key, session)?)))
+            Ok(Record::Session(Arc::new(session_of(key, session, scratch)?)))
         }
         (RecordKey::Tombstone(key), stored::record::Record::Tombstone(tombstone)) => {
             let forgotten = [tombstone.forgotten, tombstone.forgotten_resend];
@@ -369,6 +379,9 @@ pub(super) fn decode_header(bytes: &[u8]) -> Result<StateHeader, CodecError> {
     if header.feature_level == 0 {
         return Err(Malformed("a state without a feature level"));
     }
+    if header.revision > u64::MAX / 2 {
+        return Err(Malformed("a revision that leaves no room for others"));
+    }
     Ok(StateHeader {
         feature_level: header.feature_level,
         clock: Stamp { time: Timestamp(header.clock), steady: Timestamp(header.steady) },
@@ -388,11 +401,11 @@ fn stored_session(session: &Session) -> stored::SessionRecord {
         principal: facts.principal.unwrap_or_default().to_string(),
         attributes: attributes.map(attribute).collect(),
         version: session.version().0,
-        created_revision: facts.created_revision.0,
-        create_time: facts.create_time.0,
-        last_access_time: session.last_access_time().0,
-        idle_timeout: packed_timeout(facts.idle_timeout),
-        absolute_timeout: packed_timeout(facts.absolute_timeout),
+        created_revision: facts.times.created_revision.0,
+        create_time: facts.times.create_time.0,
+        last_access_time: facts.times.last_access_time.0,
+        idle_timeout: packed_timeout(facts.times.idle_timeout),
+        absolute_timeout: packed_timeout(facts.times.absolute_timeout),
         deadline: session.deadline().map_or(0, |deadline| deadline.0),
         recent: stored_requests(&facts.requests),
         forgotten: facts.requests.forgotten().0,
@@ -400,25 +413,31 @@ fn stored_session(session: &Session) -> stored::SessionRecord {
     }
 }
 
-fn session_of(key: &SessionKey, session: stored::SessionRecord) -> Result<Session, CodecError> {
+fn session_of(
+    key: &SessionKey,
+    session: stored::SessionRecord,
+    scratch: &mut Vec<u8>,
+) -> Result<Session, CodecError> {
     let attributes = attributes(session.attributes);
     if !is_well_formed(&attributes, &[]) {
         return Err(Malformed("a session whose attributes are not in order"));
     }
-    let facts = Facts {
+    let times = Times {
         create_time: Timestamp(session.create_time),
         created_revision: Revision(session.created_revision),
+        last_access_time: Timestamp(session.last_access_time),
         idle_timeout: unpacked_timeout(session.idle_timeout),
         absolute_timeout: unpacked_timeout(session.absolute_timeout),
+    };
+    let facts = Facts {
+        times,
         principal: Some(session.principal.as_str()),
         requests: requests(&session.recent, [session.forgotten, session.forgotten_resend])?,
     };
-    let head = Head {
-        version: Revision(session.version),
-        deadline: Some(Timestamp(session.deadline)).filter(|deadline| *deadline > Timestamp(0)),
-        last_access_time: Timestamp(session.last_access_time),
-    };
-    Ok(Session::new(key, head, facts.pack_new(&attributes)))
+    let nothing = Attributes::new(Reader::new(&[]));
+    let (body, _) = facts.pack(nothing, &attributes, &[], scratch);
+    let deadline = Some(Timestamp(session.deadline)).filter(|deadline| *deadline > Timestamp(0));
+    Ok(Session::new(key, Revision(session.version), deadline, body))
 }
 
 fn stored_requests(requests: &Requests) -> Vec<stored::Remembered> {

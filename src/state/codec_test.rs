@@ -1,7 +1,7 @@
 //! Golden bytes of everything that is stored, and what decoding does with bytes that are not.
 //!
-//! The bytes in `testscripts/stored.golden` are in logs and checkpoints out there. A test that fails
-//! here says that those could not be read any more: never change a line, only add some, which
+//! The bytes in `testscripts/stored.golden` are in logs and checkpoints out there. A test that
+//! fails here says that those could not be read any more: never change a line, only add some, which
 //! `UPDATE_GOLDENFILES=1` does for names that have none.
 
 use std::io::Write as _;

@@ -211,11 +211,11 @@ pub enum Rejection {
     SessionIdRetired,
     /// The session is at this version, not at the expected one.
     VersionMismatch(Revision),
-    /// It came after the time at which it expires.
+    /// It came after the time at which it expires, or claims to be sent after that time.
     RequestExpired,
-    /// It expires more than `REQUEST_LIFETIME_MAX` from now.
+    /// It expires more than `REQUEST_LIFETIME_MAX` from now, or from its first sending.
     RequestLifetimeTooLong,
-    /// A resend of a request that may have been applied and forgotten.
+    /// It may have been applied and forgotten: a resend, or a first sending behind its resend.
     OutcomeUnknown,
     /// The session would grow to so many bytes.
     SessionTooLarge(u64),

@@ -62,9 +62,12 @@ impl State {
     /// Removes the session or tombstone of `key` if it is due, at a revision of its own.
     pub(super) fn expire_if_due(&mut self, key: &SessionKey, changes: &mut Vec<Change>) {
         let clock = self.clock.time;
-        if self.records.session(key).is_some_and(|session| session.is_due(clock)) {
-            self.revision = self.next_revision();
-            self.expire_session(key, changes);
+        // A key has a session or a tombstone, so where there is the one nobody looks for the other.
+        if let Some(session) = self.records.session(key) {
+            if session.is_due(clock) {
+                self.revision = self.next_revision();
+                self.expire_session(key, changes);
+            }
         } else if self.records.tombstone(key).is_some_and(|stone| stone.deadline() <= clock) {
             self.revision = self.next_revision();
             self.put_tombstone(key, None, Cause::Forgotten, changes);

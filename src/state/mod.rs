@@ -37,9 +37,9 @@
 //!
 //! # Caveats
 //!
-//! A list steps over sessions that are due but have not been swept: right after a great many expired
-//! at once it takes longer. The default timeouts are the same for all namespaces, as there are no
-//! stored policies yet.
+//! A list steps over sessions that are due but have not been swept: right after a great many
+//! expired at once it takes longer. The default timeouts are the same for all namespaces, as there
+//! are no stored policies yet.
 
 mod apply;
 mod attributes;
@@ -95,8 +95,8 @@ pub const FEATURE_LEVEL: u32 = 1;
 ///   removes anything, and by every expiry of a record that a command meets; all changes of one
 ///   revision come out of one call of `apply`.
 /// - A command that is refused changes nothing, except that what it met may have expired before.
-/// - States that were fed the same entries are equal, and so is one that was restored from another's
-///   header and records: it answers everything alike from then on.
+/// - States that were fed the same entries are equal, and so is one that was restored from
+///   another's header and records: it answers everything alike from then on.
 /// - No call does work in proportion to the number of records, except reading them all.
 #[derive(Debug, Default)]
 pub struct State {

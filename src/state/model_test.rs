@@ -14,7 +14,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
-use super::model::{MINUTE, Model, ModelSession};
+use super::model::{MINUTE, Model};
 use super::script_test::restored;
 use super::*;
 

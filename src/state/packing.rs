@@ -34,6 +34,11 @@ impl<'a> Reader<'a> {
         self.rest.is_empty()
     }
 
+    /// What has not been read yet.
+    pub(super) fn rest(&self) -> &'a [u8] {
+        self.rest
+    }
+
     pub(super) fn byte(&mut self) -> u8 {
         let (first, rest) = self.rest.split_first().expect("packed bytes are complete");
         self.rest = rest;

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::State;
-use super::codec::{CodecError, decode_header, decode_record, encode_header, split_key};
+use super::codec::{CodecError, decode_header, decode_record_with, encode_header, split_key};
 use super::command::{Digest, Namespace, Record, RecordKey, Revision, SessionKey};
 use super::digest::{SESSION, StateDigest, TOMBSTONE, of_state};
 use super::namespace::NamespaceRecords;
@@ -57,6 +57,7 @@ impl StateHeader {
 pub struct Restore {
     header: StateHeader,
     namespaces: BTreeMap<Namespace, Collected>,
+    scratch: Vec<u8>,
 }
 
 /// The records of one namespace, in the order in which they came.
@@ -71,7 +72,8 @@ impl Restore {
     ///
     /// Errors: the bytes are no header, or one above this build's feature level.
     pub fn new(header: &[u8]) -> Result<Self, CodecError> {
-        Ok(Self { header: decode_header(header)?, namespaces: BTreeMap::new() })
+        let header = decode_header(header)?;
+        Ok(Self { header, namespaces: BTreeMap::new(), scratch: Vec::new() })
     }
 
     /// Adds a record.
@@ -89,7 +91,7 @@ impl Restore {
             TOMBSTONE => RecordKey::Tombstone(key),
             _ => return Err(CodecError::Malformed("a key of an unknown kind")),
         };
-        let record = decode_record(&key, value)?;
+        let record = decode_record_with(&key, value, &mut self.scratch)?;
         let (RecordKey::Session(key) | RecordKey::Tombstone(key)) = key;
         let collected = self.namespaces.entry(key.namespace).or_default();
         match record {

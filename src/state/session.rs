@@ -56,62 +56,68 @@ pub struct Session {
     version: Revision,
     /// `None` for never.
     deadline: Option<NonZeroU64>,
-    last_access_time: Timestamp,
-    /// `Facts`, then attributes.
+    /// `Times`, the rest of `Facts`, attributes.
     body: Box<[u8]>,
 }
 
-/// What a session's body holds besides its attributes.
-#[derive(Clone)]
-pub(super) struct Facts<'a> {
+/// What a session's body begins with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Times {
     pub(super) create_time: Timestamp,
     pub(super) created_revision: Revision,
+    pub(super) last_access_time: Timestamp,
     pub(super) idle_timeout: Timeout,
     pub(super) absolute_timeout: Timeout,
+}
+
+/// What a session's body holds before the attributes.
+#[derive(Clone)]
+pub(super) struct Facts<'a> {
+    pub(super) times: Times,
     pub(super) principal: Option<&'a str>,
     pub(super) requests: Requests,
 }
 
-/// What a session's head holds, as it is to become.
-#[derive(Clone, Copy)]
-pub(super) struct Head {
-    pub(super) version: Revision,
-    pub(super) deadline: Option<Timestamp>,
-    pub(super) last_access_time: Timestamp,
-}
-
 impl Session {
-    /// Makes a session of `head` and of a body packed by `Body`.
-    pub(super) fn new(key: &SessionKey, head: Head, body: Box<[u8]>) -> Self {
-        let Head { version, deadline, last_access_time } = head;
+    /// Makes a session, of a body that `Facts` packed.
+    pub(super) fn new(
+        key: &SessionKey,
+        version: Revision,
+        deadline: Option<Timestamp>,
+        body: Box<[u8]>,
+    ) -> Self {
         let deadline = deadline.map(|deadline| {
             NonZeroU64::new(deadline.0).expect("a deadline is at least a millisecond after zero")
         });
-        let fields = [version.0, deadline.map_or(0, NonZeroU64::get), last_access_time.0];
+        let fields = [version.0, deadline.map_or(0, NonZeroU64::get)];
         let hash = digest::of_record(digest::SESSION, key, &fields, &body);
-        Self { hash, version, deadline, last_access_time, body }
+        Self { hash, version, deadline, body }
     }
 
-    /// The head to store for an access at `clock`; `None` if what is stored may stand for it.
-    pub(super) fn touched_at(&self, clock: Timestamp) -> Option<Head> {
-        let sliding = self.sliding();
-        let deadline = sliding.slid(self.deadline(), clock);
-        let granularity = touch_granularity(sliding.idle_timeout);
-        if deadline == self.deadline() && clock.since(self.last_access_time) <= granularity {
-            return None;
-        }
-        let last_access_time = self.last_access_time.max(clock);
-        Some(Head { version: self.version, deadline, last_access_time })
+    /// The same session after an access at `clock`; `None` if what is stored may stand for it.
+    pub(super) fn touched(&self, key: &SessionKey, clock: Timestamp) -> Option<Self> {
+        let deadline = self.touch_deadline(clock)?;
+        let (mut times, rest) = Times::unpack(&self.body);
+        times.last_access_time = times.last_access_time.max(clock);
+        let mut body = Vec::with_capacity(self.body.len() + 16);
+        times.pack(&mut body);
+        body.extend_from_slice(rest.rest());
+        Some(Self::new(key, self.version, deadline, body.into_boxed_slice()))
     }
 
-    /// The same session after an access that changes none of its data.
-    pub(super) fn touched(&self, key: &SessionKey, head: Head) -> Self {
-        Self::new(key, head, self.body.clone())
+    /// The deadline to store for an access at `clock`; `None` if what is stored may stand for it.
+    fn touch_deadline(&self, clock: Timestamp) -> Option<Option<Timestamp>> {
+        let times = self.times();
+        let deadline = times.sliding().slid(self.deadline(), clock);
+        let granularity = touch_granularity(times.idle_timeout);
+        let is_recent = clock.since(times.last_access_time) <= granularity;
+        if deadline == self.deadline() && is_recent { None } else { Some(deadline) }
     }
 
     /// The user it belongs to.
     pub fn principal(&self) -> Option<&str> {
-        Facts::skip_to_principal(&self.body).1
+        let (_, mut rest) = Times::unpack(&self.body);
+        unpack_principal(&mut rest)
     }
 
     /// Its attributes, ordered by name.
@@ -136,29 +142,27 @@ impl Session {
 
     /// Revision of its creation.
     pub fn created_revision(&self) -> Revision {
-        let mut packed = Reader::new(&self.body);
-        packed.varint();
-        Revision(packed.varint())
+        self.times().created_revision
     }
 
     /// When it was created.
     pub fn create_time(&self) -> Timestamp {
-        Timestamp(Reader::new(&self.body).varint())
+        self.times().create_time
     }
 
     /// The last access that was stored; up to the touch granularity behind.
     pub fn last_access_time(&self) -> Timestamp {
-        self.last_access_time
+        self.times().last_access_time
     }
 
     /// How long it lives without an access.
     pub fn idle_timeout(&self) -> Timeout {
-        Facts::timeouts(&self.body).0
+        self.times().idle_timeout
     }
 
     /// How long it lives at most.
     pub fn absolute_timeout(&self) -> Timeout {
-        Facts::timeouts(&self.body).1
+        self.times().absolute_timeout
     }
 
     /// When it is gone unless it is accessed before; `None` for never.
@@ -171,65 +175,73 @@ impl Session {
         self.deadline().is_some_and(|deadline| deadline <= clock)
     }
 
-    pub(super) fn head(&self) -> Head {
-        Head {
-            version: self.version,
-            deadline: self.deadline(),
-            last_access_time: self.last_access_time,
-        }
-    }
-
     pub(super) fn requests(&self) -> Requests {
         self.split().0.requests
     }
 
     /// Takes the body apart.
     pub(super) fn split(&self) -> (Facts<'_>, Attributes<'_>) {
-        let (idle_timeout, absolute_timeout) = self.timeouts();
-        let (mut packed, principal) = Facts::skip_to_principal(&self.body);
-        let facts = Facts {
-            create_time: self.create_time(),
-            created_revision: self.created_revision(),
-            idle_timeout,
-            absolute_timeout,
-            principal,
-            requests: Requests::unpack(&mut packed),
-        };
-        (facts, Attributes::new(packed))
+        let (times, mut rest) = Times::unpack(&self.body);
+        let principal = unpack_principal(&mut rest);
+        let requests = Requests::unpack(&mut rest);
+        (Facts { times, principal, requests }, Attributes::new(rest))
     }
 
-    pub(super) fn sliding(&self) -> Sliding {
-        let (idle_timeout, absolute_timeout) = self.timeouts();
-        Sliding { idle_timeout, cap: absolute_timeout.deadline(self.create_time()) }
+    pub(super) fn times(&self) -> Times {
+        Times::unpack(&self.body).0
     }
 
     pub(super) fn hash(&self) -> u64 {
         self.hash
-    }
-
-    fn timeouts(&self) -> (Timeout, Timeout) {
-        Facts::timeouts(&self.body)
     }
 }
 
 /// Without the values of attributes, which are the users'.
 impl fmt::Debug for Session {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (facts, attributes) = self.split();
         f.debug_struct("Session")
-            .field("principal", &self.principal())
+            .field("principal", &facts.principal)
             .field("version", &self.version)
-            .field("created_revision", &self.created_revision())
-            .field("create_time", &self.create_time())
-            .field("last_access_time", &self.last_access_time)
-            .field("idle_timeout", &self.idle_timeout())
-            .field("absolute_timeout", &self.absolute_timeout())
             .field("deadline", &self.deadline())
-            .field("attributes", &self.attributes())
+            .field("times", &facts.times)
+            .field("requests", &facts.requests.recent())
+            .field("attributes", &attributes)
             .finish_non_exhaustive()
     }
 }
 
-impl<'a> Facts<'a> {
+impl Times {
+    pub(super) fn sliding(&self) -> Sliding {
+        let cap = self.absolute_timeout.deadline(self.create_time);
+        Sliding { idle_timeout: self.idle_timeout, cap }
+    }
+
+    fn pack(&self, out: &mut Vec<u8>) {
+        put_varint(out, self.create_time.0);
+        put_varint(out, self.created_revision.0);
+        // Never before the creation, and mostly little behind it; wrapping, so that nothing is lost
+        // of one that was stored otherwise.
+        put_varint(out, self.last_access_time.0.wrapping_sub(self.create_time.0));
+        put_varint(out, packed_timeout(self.idle_timeout));
+        put_varint(out, packed_timeout(self.absolute_timeout));
+    }
+
+    fn unpack(body: &[u8]) -> (Self, Reader<'_>) {
+        let mut packed = Reader::new(body);
+        let create_time = Timestamp(packed.varint());
+        let times = Self {
+            create_time,
+            created_revision: Revision(packed.varint()),
+            last_access_time: Timestamp(create_time.0.wrapping_add(packed.varint())),
+            idle_timeout: unpacked_timeout(packed.varint()),
+            absolute_timeout: unpacked_timeout(packed.varint()),
+        };
+        (times, packed)
+    }
+}
+
+impl Facts<'_> {
     /// Packs these facts and, behind them, the attributes `old` with `set` set and `remove`
     /// removed. Uses `scratch` to do so.
     pub(super) fn pack(
@@ -240,43 +252,16 @@ impl<'a> Facts<'a> {
         scratch: &mut Vec<u8>,
     ) -> (Box<[u8]>, Totals) {
         scratch.clear();
-        self.put(scratch);
+        self.times.pack(scratch);
+        put_bytes(scratch, self.principal.unwrap_or_default().as_bytes());
+        self.requests.pack(scratch);
         let totals = merge(old, set, remove, scratch);
         (Box::from(scratch.as_slice()), totals)
     }
+}
 
-    /// Packs these facts and attributes that are there from the beginning.
-    pub(super) fn pack_new(&self, attributes: &[Attribute]) -> Box<[u8]> {
-        let nothing = Attributes::new(Reader::new(&[]));
-        let size = attributes.iter().map(|one| one.name.len() + one.value.len() + 8).sum::<usize>();
-        self.pack(nothing, attributes, &[], &mut Vec::with_capacity(size + 256)).0
-    }
-
-    /// Appends these facts; attributes come behind them.
-    fn put(&self, out: &mut Vec<u8>) {
-        put_varint(out, self.create_time.0);
-        put_varint(out, self.created_revision.0);
-        put_varint(out, packed_timeout(self.idle_timeout));
-        put_varint(out, packed_timeout(self.absolute_timeout));
-        put_bytes(out, self.principal.unwrap_or_default().as_bytes());
-        self.requests.pack(out);
-    }
-
-    fn timeouts(body: &[u8]) -> (Timeout, Timeout) {
-        let mut packed = Reader::new(body);
-        packed.varint();
-        packed.varint();
-        (unpacked_timeout(packed.varint()), unpacked_timeout(packed.varint()))
-    }
-
-    fn skip_to_principal(body: &'a [u8]) -> (Reader<'a>, Option<&'a str>) {
-        let mut packed = Reader::new(body);
-        for _ in 0..4 {
-            packed.varint();
-        }
-        let principal = Some(packed.str()).filter(|principal| !principal.is_empty());
-        (packed, principal)
-    }
+fn unpack_principal<'a>(packed: &mut Reader<'a>) -> Option<&'a str> {
+    Some(packed.str()).filter(|principal| !principal.is_empty())
 }
 
 /// Milliseconds, at least one; zero for never.
@@ -351,13 +336,13 @@ pub enum TouchNeed {
 impl TouchNeed {
     /// Judges an access at `now` to a session that, as far as the state knows, has not expired.
     pub(super) fn of(session: &Session, now: Timestamp) -> Self {
-        let Head { version, deadline, .. } = session.head();
+        let (version, deadline) = (session.version(), session.deadline());
         // Where cluster time has come to the deadline and the state has not heard of it yet, the
         // Touch must find out which of them is first in the log.
-        let is_short = session.sliding().leaves_less_than(Duration::ZERO, deadline, now);
+        let is_short = session.times().sliding().leaves_less_than(Duration::ZERO, deadline, now);
         if session.is_due(now) || is_short {
             Self::Wait { version, deadline }
-        } else if session.touched_at(now).is_some() {
+        } else if session.touch_deadline(now).is_some() {
             Self::Propose { version, deadline }
         } else {
             Self::None { version, deadline }

@@ -12,9 +12,10 @@
 //! ```
 //!
 //! A block's checksum covers kind, number and payload of the block, so damage is found while
-//! streaming, before its records are used. Blocks that are missing, doubled or in another order are found by the number;
-//! a file that is cut short, by the missing trailer. Records come in ascending order of distinct
-//! keys, so that two snapshots of one state are the same bytes on every node.
+//! streaming, before its records are used. Blocks that are missing, doubled or in another order
+//! are found by the number; a file that is cut short, by the missing trailer. Records come in
+//! ascending order of distinct keys, so that two snapshots of one state are the same bytes on
+//! every node.
 //!
 //! # Order
 //!

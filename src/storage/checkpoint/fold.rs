@@ -2,13 +2,13 @@
 //!
 //! Without it every checkpoint would add a run for ever. Two rules decide what is folded:
 //!
-//! - All runs into one, as soon as those behind the oldest hold as many bytes as the oldest. So
-//!   the disk holds at most about twice the live records (and the fold under way), and a record
-//!   that changes is rewritten about twice: once as a change, once by the fold that it helped to
-//!   bring about.
+//! - All runs into one, as soon as those behind the oldest hold [`FOLD_RATIO`] times the bytes of
+//!   the oldest. So records of a dense load are written one and a half times: once as a change,
+//!   and half a time by the folds, as there is one for every two states' worth of changes.
 //! - Else the newest ones up to a *tier* (a tier is a factor of [`FAN_IN`] in size), once there
-//!   are `FAN_IN` of that tier. So there are few runs to merge at a load even when checkpoints
-//!   are tiny, at the price of one more rewriting per tier.
+//!   are `FAN_IN` of that tier, unless together they are a sizeable part of the oldest and so
+//!   will soon be folded into it anyway. So there are few runs to merge at a load even when
+//!   checkpoints are tiny, at the price of one more rewriting per tier.
 //!
 //! A fold under way is not part of any root: a crash forgets it. A checkpoint advances it by a
 //! multiple of the bytes that it wrote itself, and at least by a 64th of the whole, so that no
@@ -21,10 +21,14 @@ use super::CheckpointError;
 use super::block::BlockStore;
 use super::run::{Merge, Run, RunWriter};
 
+/// Bytes of younger runs per byte of the oldest at which all are folded.
+const FOLD_RATIO: u64 = 2;
 /// Runs of one tier that are folded at once.
 const FAN_IN: usize = 8;
-/// Runs that are folded even if they are of many tiers in an unlucky order.
-const RUNS_MAX: usize = 40;
+/// Younger runs are not folded among themselves if together they have this part of the oldest.
+const SIZEABLE_PART: u64 = 4;
+/// Runs at which all are folded, whatever they are: a load reads them side by side.
+const RUNS_MAX: usize = 100;
 /// Runs up to this size are of the lowest tier.
 const TIER_BYTES: u64 = 64 * 1024;
 /// Bytes folded for each byte of changes, at least.
@@ -37,15 +41,17 @@ const FOLD_STEPS_MAX: u64 = 64;
 /// Which neighbouring runs, given oldest first, are best folded now.
 pub(super) fn choose(runs: &[Arc<Run>]) -> Option<Range<usize>> {
     let (oldest, others) = runs.split_first()?;
-    if !others.is_empty() && others.iter().map(|run| run.bytes).sum::<u64>() >= oldest.bytes {
+    let bytes = |runs: &[Arc<Run>]| runs.iter().map(|run| run.bytes).sum::<u64>();
+    let outgrown = bytes(others) >= FOLD_RATIO * oldest.bytes;
+    if runs.len() >= RUNS_MAX || (!others.is_empty() && outgrown) {
         return Some(0..runs.len());
     }
-    let highest = runs.iter().map(|run| tier(run)).max()?;
-    for limit in 0..=highest {
+    for limit in 0..=others.iter().map(|run| tier(run)).max()? {
         let newest = || runs.iter().rev().take_while(|run| tier(run) <= limit);
+        let start = runs.len() - newest().count();
         let of_tier = newest().filter(|run| tier(run) == limit).count();
-        if of_tier >= FAN_IN || newest().count() >= RUNS_MAX {
-            return Some(runs.len() - newest().count()..runs.len());
+        if of_tier >= FAN_IN && bytes(&runs[start..]) < oldest.bytes / SIZEABLE_PART {
+            return Some(start..runs.len());
         }
     }
     None
@@ -121,7 +127,8 @@ mod tests {
 
     fn runs(bytes: &[u64]) -> Vec<Arc<Run>> {
         let run = |(id, &bytes)| {
-            Arc::new(Run { id: id as u64, blocks: 1, records: 1, bytes, checksum: 0 })
+            let id = id as u64;
+            Arc::new(Run { id, blocks: 1, records: 1, bytes, checksum: 0 })
         };
         bytes.iter().enumerate().map(run).collect()
     }
@@ -131,14 +138,20 @@ mod tests {
         const M: u64 = 1024 * 1024;
         assert_eq!(choose(&[]), None);
         assert_eq!(choose(&runs(&[M])), None);
-        assert_eq!(choose(&runs(&[100 * M, 60 * M, 39 * M])), None);
-        assert_eq!(choose(&runs(&[100 * M, 60 * M, 40 * M])), Some(0..3));
+        assert_eq!(choose(&runs(&[100 * M, 160 * M, 39 * M])), None);
+        assert_eq!(choose(&runs(&[100 * M, 160 * M, 40 * M])), Some(0..3));
         let seven = [100 * M, 1, 1, 1, 1, 1, 1, 1];
         assert_eq!(choose(&runs(&seven)), None);
         assert_eq!(choose(&runs(&[&seven[..], &[1]].concat())), Some(1..9));
-        // A larger run among the newest lifts the tier, and with it what is folded.
+        // Smaller ones among the newest go along.
         let mixed = [900 * M, M, M, M, M, M, M, M, 1, M];
         assert_eq!(choose(&runs(&mixed)), Some(1..10));
+        // What is nearly enough for a fold of all waits for that.
+        let sizeable = [900 * M, 30 * M, 30 * M, 30 * M, 30 * M, 30 * M, 30 * M, 30 * M, 30 * M];
+        assert_eq!(choose(&runs(&sizeable)), None);
+        assert_eq!(choose(&runs(&[M; 2])), None);
+        let many: Vec<_> = [900 * M].into_iter().chain([9 * M; RUNS_MAX - 1]).collect();
+        assert_eq!(choose(&runs(&many)), Some(0..RUNS_MAX));
     }
 
     /// However checkpoints come, the runs stay few and what is written stays proportionate.
@@ -157,7 +170,7 @@ mod tests {
                 }
                 most = most.max(sizes.len());
             }
-            assert!(most <= RUNS_MAX, "{most} runs at {change} bytes a checkpoint");
+            assert!(most < RUNS_MAX, "{most} runs at {change} bytes a checkpoint");
             let total = 2_000 * change;
             // Within the lowest tier a few kilobytes are rewritten at a time, however few are new.
             let least = 2_000 * TIER_BYTES / 4;

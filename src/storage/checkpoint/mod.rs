@@ -31,7 +31,8 @@
 //!
 //! # Caveats
 //!
-//! - What has changed since the last fold is on disk twice, and is read twice at a load.
+//! - The disk holds up to three times the live records (four during a fold), and sled needs about
+//!   half as much again; a load reads up to three times the live records.
 //! - Blocks are verified as they are read: [`load`](CheckpointStore::load), not opening, finds a
 //!   damaged one.
 

@@ -221,8 +221,8 @@ fn folds_that_take_several_checkpoints() {
     let mut model = Model::default();
     let mut under_way = 0;
     for round in 0..40u64 {
-        // 12 MB at first, then a few hundred kilobytes, of which folds read 4 MiB at a time.
-        let count = if round == 0 { 12_000 } else { 600 };
+        // 12 MB at first, then a tenth of that; folds read some 4 MiB at a time.
+        let count = if round == 0 { 12_000 } else { 1_200 };
         let mut changes = Vec::new();
         for _ in 0..count {
             let number = if round == 0 { changes.len() as u64 } else { random.below(12_000) };
@@ -245,7 +245,7 @@ fn folds_that_take_several_checkpoints() {
         if round % 5 == 0 {
             assert_eq!(loaded(&checkpoints).unwrap(), model, "round {round}");
         }
-        assert!(store.disk_bytes() < 40_000_000, "{} bytes", store.disk_bytes());
+        assert!(store.disk_bytes() < 60_000_000, "{} bytes", store.disk_bytes());
     }
     assert!(under_way > 1, "{under_way} checkpoints left a fold unfinished");
 }
@@ -468,51 +468,70 @@ fn real_sled_survives_a_kill_between_steps() {
     }
 }
 
-/// Copies taken while another thread writes: a kill in the midst of anything.
+/// Where the process that is to be killed finds its directory.
+const KILLED: &str = "QUORATE_TEST_KILLED";
+const KILLED_TEST: &str = "storage::checkpoint::tests::real_sled_survives_a_kill_at_any_moment";
+
+/// Writes checkpoint after checkpoint and says so, until it is killed.
+fn write_until_killed(directory: &Path) {
+    let (mut checkpoints, root) =
+        CheckpointStore::open(directory, CheckpointOptions::default()).unwrap();
+    for round in root.map_or(0, |root| root.index) + 1.. {
+        // Now and then enough to be folded and removed.
+        let count = if round % 5 == 0 { 5_000 } else { 500 };
+        let change = |number: u64| {
+            let value = Bytes::from(round.to_be_bytes().repeat(40));
+            (Bytes::from(number.to_be_bytes().to_vec()), Some(value))
+        };
+        let removals = (count..5_000u64).map(|number| (change(number).0, None));
+        let mut changes = (0..count).map(change).chain(removals);
+        checkpoints.write(&mut changes, round, Bytes::new()).unwrap();
+        println!("acknowledged {round}");
+    }
+}
+
+/// A process of its own is killed while it writes, again and again over one directory.
 #[test]
 fn real_sled_survives_a_kill_at_any_moment() {
-    let directory = tempfile::tempdir().unwrap();
-    let live = directory.path().join("sled");
-    let (mut checkpoints, _) = CheckpointStore::open(&live, CheckpointOptions::default()).unwrap();
-    let acknowledged = Arc::new(std::sync::atomic::AtomicU64::new(0));
-    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let writer = std::thread::spawn({
-        let (acknowledged, stop) = (acknowledged.clone(), stop.clone());
-        move || {
-            for round in 1u64.. {
-                let change = |number: u64| {
-                    let value = Bytes::from(round.to_be_bytes().repeat(40));
-                    (Bytes::from(number.to_be_bytes().to_vec()), Some(value))
-                };
-                checkpoints.write(&mut (0..500).map(change), round, Bytes::new()).unwrap();
-                acknowledged.store(round, std::sync::atomic::Ordering::SeqCst);
-                if stop.load(std::sync::atomic::Ordering::SeqCst) {
-                    break;
-                }
-            }
-        }
-    });
-    for _ in 0..20 {
-        let before = acknowledged.load(std::sync::atomic::Ordering::SeqCst);
-        let copy = directory.path().join("copy");
-        copy_directory(&live, &copy);
-        // A copy is not taken in an instant as a kill is, so sled may find it torn. It must be
-        // whole, or refused.
-        if let Ok((killed, root)) = CheckpointStore::open(&copy, CheckpointOptions::default()) {
-            let mut rounds = BTreeMap::new();
-            let loaded = killed.load(&mut |_, value| {
-                *rounds.entry(value[..8].to_vec()).or_insert(0u64) += 1;
-                Ok(())
-            });
-            if let (Ok(Some(_)), Some(root)) = (loaded, root) {
-                assert_eq!(rounds, BTreeMap::from([(root.index.to_be_bytes().to_vec(), 500)]));
-                assert!(root.index + 1 >= before || before == 0, "{} after {before}", root.index);
-            }
-        }
-        std::fs::remove_dir_all(&copy).unwrap();
+    use std::io::{BufRead as _, BufReader};
+    if let Some(directory) = std::env::var_os(KILLED) {
+        return write_until_killed(Path::new(&directory));
     }
-    stop.store(true, std::sync::atomic::Ordering::SeqCst);
-    writer.join().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let mut random = Random(seed(51));
+    for kill in 0..12 {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", KILLED_TEST, "--nocapture"])
+            .env(KILLED, directory.path())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut acknowledged = lines.map_while(Result::ok).filter_map(|line| {
+            line.rsplit_once("acknowledged ").and_then(|(_, round)| round.parse::<u64>().ok())
+        });
+        let mut last = acknowledged.by_ref().take(1 + random.below(8) as usize).last();
+        // Anywhere within the next checkpoint or two.
+        for _ in 0..random.below(4_000_000) {
+            std::hint::spin_loop();
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        last = acknowledged.last().or(last);
+        let (checkpoints, root) =
+            CheckpointStore::open(directory.path(), CheckpointOptions::default()).unwrap();
+        let (last, found) = (last.expect("the child wrote"), root.unwrap().index);
+        assert!(found == last || found == last + 1, "kill {kill}: {found} after {last}");
+        let mut count = 0;
+        checkpoints
+            .load(&mut |_, value| {
+                count += 1;
+                assert_eq!(value, found.to_be_bytes().repeat(40), "kill {kill}: a mixture");
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(count, if found % 5 == 0 { 5_000 } else { 500 }, "kill {kill}");
+    }
 }
 
 /// Flips bytes anywhere in sled's files: the state is unchanged, or not to be had.

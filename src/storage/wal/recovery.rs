@@ -10,9 +10,9 @@
 //!   synced, it was never acknowledged. It is overwritten with zeros and synced, lest parts of it
 //!   ever be taken for something.
 //! - **Corruption**: a batch that should be there is not, or is damaged, and a later one proves
-//!   that it was once complete. The log is refused, and left as it is. So is a log that ends before what
-//!   `must_contain` or its own `committed` vouch for, and one whose batches contradict each other
-//!   although their checksums are right.
+//!   that it was once complete. The log is refused, and left as it is. So is a log that ends
+//!   before what `must_contain` or its own `committed` vouch for, and one whose batches contradict
+//!   each other although their checksums are right.
 //!
 //! The empty batch that a close leaves behind makes damage to any acknowledged batch the last
 //! kind. Without it, damage to the last batch cannot be told from a torn one.
