@@ -23,12 +23,10 @@ async fn nodes_form_one_cluster_in_whatever_order_they_start() {
     }
     for id in &ids[..2] {
         let direct = cluster.direct(*id);
-        eventually("a node waits for the others", async || {
-            match direct.serving().await {
-                Ok(false) if cluster.trace(*id).contains("waiting for the cluster to form") => Ok(()),
-                Ok(true) => panic!("node {id} serves although one has never been there"),
-                other => Err(format!("{other:?}")),
-            }
+        eventually("a node waits for the others", async || match direct.serving().await {
+            Ok(false) if cluster.trace(*id).contains("waiting for the cluster to form") => Ok(()),
+            Ok(true) => panic!("node {id} serves although one has never been there"),
+            other => Err(format!("{other:?}")),
         })
         .await;
     }
@@ -89,11 +87,8 @@ async fn a_node_whose_disk_was_emptied_is_refused_under_its_old_id() {
 
 #[tokio::test]
 async fn a_node_that_cannot_be_what_it_is_told_says_why() {
-    let mut cluster = Cluster::start_with(
-        "refusals",
-        Options { nodes: 1, ..Options::default() },
-    )
-    .await;
+    let mut cluster =
+        Cluster::start_with("refusals", Options { nodes: 1, ..Options::default() }).await;
     let spare = |port: u16| format!("127.0.0.1:{port}");
     let arguments = |id: u64, data: &std::path::Path, listen: String, peer: String| {
         vec![

@@ -66,8 +66,10 @@ async fn round(directs: &[Direct], writer: usize, round: u64) -> Result<(), Stat
     let updated = directs[writer].update(update).await?;
     read_everywhere(directs, &id, updated.revision, Some(&value)).await;
 
-    let delete =
-        v1::DeleteSessionRequest { session: Some(select(&id)), ..v1::DeleteSessionRequest::default() };
+    let delete = v1::DeleteSessionRequest {
+        session: Some(select(&id)),
+        ..v1::DeleteSessionRequest::default()
+    };
     let deleted = directs[writer].delete(delete).await?;
     read_everywhere(directs, &id, deleted.revision, None).await;
     Ok(())
@@ -84,20 +86,18 @@ async fn read_everywhere(
 }
 
 async fn read_fresh(direct: &Direct, id: &SessionId, revision: u64, expected: Option<&Bytes>) {
-    eventually("a read is answered", async || {
-        match (direct.get(id).await, expected) {
-            (Ok(found), Some(expected)) => {
-                let session = found.session.unwrap();
-                assert_eq!(session.attributes.get("n"), Some(expected), "stale");
-                assert_eq!(session.version, revision, "stale");
-                assert!(found.revision >= revision, "{} < {revision}", found.revision);
-                Ok(())
-            }
-            (Ok(found), None) => panic!("a session that was deleted is read: {found:?}"),
-            (Err(status), None) if status.code() == Code::NotFound => Ok(()),
-            (Err(status), _) if is_transient(&status) => Err(status.to_string()),
-            (Err(status), _) => panic!("stale: {status:?}"),
+    eventually("a read is answered", async || match (direct.get(id).await, expected) {
+        (Ok(found), Some(expected)) => {
+            let session = found.session.unwrap();
+            assert_eq!(session.attributes.get("n"), Some(expected), "stale");
+            assert_eq!(session.version, revision, "stale");
+            assert!(found.revision >= revision, "{} < {revision}", found.revision);
+            Ok(())
         }
+        (Ok(found), None) => panic!("a session that was deleted is read: {found:?}"),
+        (Err(status), None) if status.code() == Code::NotFound => Ok(()),
+        (Err(status), _) if is_transient(&status) => Err(status.to_string()),
+        (Err(status), _) => panic!("stale: {status:?}"),
     })
     .await;
 }

@@ -4,7 +4,7 @@
 //! Each test prints its seed; `QUORATE_TEST_SEED=… cargo test --test it NAME` runs it again with
 //! the same choices. What the kernel and three processes make of them still varies, so a test's
 //! verdict never rests on how long something took: it waits for conditions, with deadlines that
-//! only a hang exceeds. The long variants are run with `cargo test --release --test it -- --ignored`.
+//! only a hang exceeds. `cargo test --release --test it -- --ignored` runs the long variants.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 #![cfg(all(unix, feature = "server"))]

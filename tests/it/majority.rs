@@ -70,8 +70,7 @@ async fn without_a_majority_requests_fail_in_time_and_local_reads_are_answered()
     }
     let endpoint = format!("--endpoints={}", cluster.address(survivor));
     let arguments = [&endpoint, "session", "get", "--local", "--output=json", id];
-    let output =
-        crate::cluster::run(arguments.map(str::to_owned).to_vec(), Vec::new()).await;
+    let output = crate::cluster::run(arguments.map(str::to_owned).to_vec(), Vec::new()).await;
     assert_eq!(output.code, 0, "{output:?}");
     eventually("the survivor's health says that it does not serve", async || {
         match direct.serving().await {
