@@ -333,6 +333,23 @@ impl Cluster {
         .await;
     }
 
+    /// Waits until the node serves, or ends by itself: then with what.
+    pub(crate) async fn serving_or_ended(&mut self, id: u64) -> Option<ExitStatus> {
+        let direct = self.direct(id).with_timeout(LOOK_TIMEOUT);
+        eventually(&format!("node {id} serves or ends"), async || {
+            let child = self.node(id).child.as_mut().expect("the node is running");
+            if let Some(status) = child.try_wait().unwrap() {
+                self.node(id).child = None;
+                return Ok(Some(status));
+            }
+            match direct.serving().await {
+                Ok(true) => Ok(None),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await
+    }
+
     pub(crate) async fn all_serving(&mut self) {
         for id in self.ids() {
             self.serving(id).await;

@@ -65,6 +65,14 @@ impl Direct {
         Ok(reply.into_inner())
     }
 
+    pub(crate) async fn touch(
+        &self,
+        request: v1::TouchSessionRequest,
+    ) -> Result<v1::TouchSessionResponse, Status> {
+        let reply = self.sessions().touch_session(self.call(request)).await?;
+        Ok(reply.into_inner())
+    }
+
     pub(crate) async fn delete(
         &self,
         request: v1::DeleteSessionRequest,
