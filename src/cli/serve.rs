@@ -4,6 +4,7 @@
 //! first of these that names it wins. What comes out is a [`ServeOptions`], complete and checked,
 //! for the node to be built from.
 
+use std::io::IsTerminal as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -21,7 +22,8 @@ use crate::client::NewMember;
 
 const LISTEN_DEFAULT: &str = "127.0.0.1:7400";
 const PEER_LISTEN_DEFAULT: &str = "127.0.0.1:7500";
-const LOG_DEFAULT: &str = "info";
+/// openraft tells at info what belongs into a debugger.
+const LOG_DEFAULT: &str = "info,openraft=warn";
 const HEARTBEAT_INTERVAL_DEFAULT: Duration = Duration::from_millis(100);
 const ELECTION_TIMEOUT_DEFAULT: Duration = Duration::from_millis(500);
 /// Below this a heartbeat costs more than it tells.
@@ -365,7 +367,10 @@ pub(crate) fn dev(mut arguments: DevArguments) -> Result<ExitCode, Failure> {
 pub(crate) fn start_logging(filter: &str, format: LogFormat) -> Result<(), Failure> {
     let filter = EnvFilter::try_new(filter)
         .map_err(|error| Failure::Usage(format!("--log {filter}: {error}")))?;
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     let started = match format {
         LogFormat::Text => subscriber.try_init(),
         LogFormat::Json => subscriber.json().try_init(),

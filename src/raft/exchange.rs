@@ -7,15 +7,21 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
+use super::clock::ClusterClock;
 use super::network::Peers;
 use super::types::Member;
 use crate::proto::peer;
 use crate::proto::peer::exchange_request::Request as Question;
 use crate::proto::peer::exchange_response::Response as Answer;
+
+/// A node whose stream broke is not asked for so long, lest every question to a node that is down
+/// costs an attempt to connect.
+const REOPEN_PAUSE: Duration = Duration::from_millis(100);
 
 /// The stream broke before the answer came: whether the question was heard is not known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +37,7 @@ pub(crate) struct Exchanges {
 
 struct OpenStream {
     incarnation: u64,
+    clock: Arc<ClusterClock>,
     questions: mpsc::UnboundedSender<peer::ExchangeRequest>,
     waiting: Mutex<Waiting>,
     last_id: AtomicU64,
@@ -39,7 +46,8 @@ struct OpenStream {
 #[derive(Default)]
 struct Waiting {
     answers: HashMap<u64, Answered>,
-    broken: bool,
+    /// Local monotonic time.
+    broken_at: Option<Duration>,
 }
 
 impl Exchanges {
@@ -61,14 +69,18 @@ impl Exchanges {
         let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(stream) = streams.get(&node)
             && stream.incarnation == member.incarnation
-            && !stream.lock().broken
         {
-            return Some(stream.clone());
+            match stream.lock().broken_at {
+                None => return Some(stream.clone()),
+                Some(at) if self.peers.clock.monotonic() < at + REOPEN_PAUSE => return None,
+                Some(_) => {}
+            }
         }
         let client = self.peers.exchange_client(node, member).ok()?;
         let (questions, outbound) = mpsc::unbounded_channel();
         let stream = Arc::new(OpenStream {
             incarnation: member.incarnation,
+            clock: self.peers.clock.clone(),
             questions,
             waiting: Mutex::default(),
             last_id: AtomicU64::new(0),
@@ -93,7 +105,7 @@ impl OpenStream {
         let correlation_id = self.last_id.fetch_add(1, Ordering::Relaxed) + 1;
         {
             let mut waiting = self.lock();
-            if waiting.broken {
+            if waiting.broken_at.is_some() {
                 drop(waiting);
                 answered(Err(Lost));
                 return;
@@ -133,7 +145,7 @@ impl OpenStream {
     fn fail(&self) {
         let lost = {
             let mut waiting = self.lock();
-            waiting.broken = true;
+            waiting.broken_at.get_or_insert(self.clock.monotonic());
             std::mem::take(&mut waiting.answers)
         };
         for answered in lost.into_values() {

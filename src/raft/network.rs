@@ -270,17 +270,24 @@ impl Network {
     where
         S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
     {
+        // openraft pauses between sessions that fail where it hands out the first request, so that
+        // one is taken before anything that can fail.
+        let mut input = input;
+        let Some(first) = input.next().await else { return Ok(Box::pin(stream::empty())) };
         let clock = self.peers.clock.clone();
         let mut header = Some(self.header());
         let flush = self.peers.flush_commits.clone();
-        let requests = hold_commits(input, flush).map(move |rpc| peer::AppendRequest {
-            header: header.take(),
-            vote: Some(vote_out(&rpc.vote)),
-            prev_log_id: rpc.prev_log_id.as_ref().map(log_id_out),
-            leader_commit: rpc.leader_commit.as_ref().map(log_id_out),
-            entries: rpc.entries.into_iter().map(entry_out).collect(),
-            clock: Some(clock.announce()),
-        });
+        let requests =
+            stream::once(async move { first }).chain(hold_commits(input, flush)).map(move |rpc| {
+                peer::AppendRequest {
+                    header: header.take(),
+                    vote: Some(vote_out(&rpc.vote)),
+                    prev_log_id: rpc.prev_log_id.as_ref().map(log_id_out),
+                    leader_commit: rpc.leader_commit.as_ref().map(log_id_out),
+                    entries: rpc.entries.into_iter().map(entry_out).collect(),
+                    clock: Some(clock.announce()),
+                }
+            });
         let mut client = client(self.link()?.append.clone());
         let responses =
             client.append(requests).await.map_err(|status| failed(&status))?.into_inner();
@@ -306,9 +313,9 @@ fn hold_commits<S>(
 where
     S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
 {
-    stream::unfold((input, flush, true), |(mut input, flush, mut first)| async move {
+    stream::unfold((input, flush), |(mut input, flush)| async move {
         let mut request = input.next().await?;
-        while request.entries.is_empty() && !first {
+        while request.entries.is_empty() {
             let timeout = tokio::time::sleep(COMMIT_HOLD);
             tokio::select! {
                 biased;
@@ -320,8 +327,7 @@ where
                 () = timeout => break,
             }
         }
-        first = false;
-        Some((request, (input, flush, first)))
+        Some((request, (input, flush)))
     })
 }
 

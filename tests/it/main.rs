@@ -1,0 +1,27 @@
+//! Real processes under test: nodes of the shipped binary that are killed, paused, starved of their
+//! disks and started again, and what their clients must never see.
+//!
+//! Each test prints its seed; `QUORATE_TEST_SEED=… cargo test --test it NAME` runs it again with
+//! the same choices. What the kernel and three processes make of them still varies, so a test's
+//! verdict never rests on how long something took: it waits for conditions, with deadlines that
+//! only a hang exceeds. `cargo test --release --test it -- --ignored` runs the long variants.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+#![cfg(all(unix, feature = "server"))]
+
+mod cli;
+mod cluster;
+mod corruption;
+mod direct;
+mod expiry;
+mod formation;
+mod freshness;
+mod keeper;
+mod kills;
+mod load;
+mod majority;
+mod paused;
+mod random;
+mod register;
+mod secrets;
+mod snapshot;
