@@ -79,9 +79,11 @@ const IMPURE: [&str; 20] = [
 const UNFINISHED: [&str; 3] = ["todo!", "unimplemented!", "dbg!"];
 
 /// The root, as it was fixed.
-const ROOT: [&str; 8] = [
+const ROOT: [&str; 10] = [
     "Cargo.lock",
     "Cargo.toml",
+    "LICENSE-APACHE",
+    "LICENSE-MIT",
     "README.md",
     "benches",
     "build.rs",
