@@ -1,4 +1,5 @@
-//! The only place that reads a clock, so that a simulation can own it.
+//! The only place that reads the machine's clocks, so that a simulation can own them. Pauses and
+//! timeouts within one process run on tokio's timer instead.
 
 use std::time::{Duration, SystemTime};
 

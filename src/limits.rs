@@ -1,4 +1,5 @@
-//! Everything that can grow has its limit here, with the reason for its default.
+//! The limits that callers and operators meet, with the reason where there is more to it than a
+//! round number. What only one module can outgrow is limited there.
 
 use std::time::Duration;
 

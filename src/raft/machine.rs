@@ -1,6 +1,6 @@
 //! The state machine as openraft sees it: entries in, replies and changes out.
 //!
-//! Nothing here waits for a disk. Applying changes memory and answers; the changes collect in a
+//! No entry waits for a disk here. Applying changes memory and answers; the changes collect in a
 //! dirty map, from which the checkpointer takes them at a boundary of its choice. What a restart
 //! finds is the newest checkpoint or snapshot, and openraft applies the log behind it again.
 

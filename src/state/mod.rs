@@ -12,7 +12,7 @@
 //! A log entry carries a [`Stamp`] and the commands that were queued together. The shell around
 //! the core calls [`State::advance`] with the stamp and [`State::apply`] with each command; for
 //! each it gets a [`Reply`] and, appended to its vector, the [`Change`]s. Those go on to the
-//! checkpoint, to watchers and to metrics; they share the records with the state.
+//! checkpoint; they share the records with the state.
 //!
 //! # Time
 //!

@@ -1,4 +1,4 @@
-//! A state from its header and records, as checkpoints, snapshots and backups keep it.
+//! A state from its header and records, as checkpoints and snapshots keep it.
 //!
 //! Records may come in any order. They are collected first and the trees built in one go from what
 //! was sorted, which takes a fraction of the time of a million insertions, and leaves the trees

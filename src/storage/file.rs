@@ -1,8 +1,8 @@
-//! The file layer: every byte that a node puts on disk by itself goes through these two traits.
+//! The file layer: every byte of the write-ahead log goes through these two traits.
 //!
-//! They exist so that a test can stand between a node and its disk and pull the plug: `RealFiles`
-//! is the operating system, [`faulty`] an imitation that loses whatever was not synced. The write
-//! ahead log, snapshot files and the identity file are written through it; sled does its own.
+//! They exist so that a test can stand between the log and its disk and pull the plug: `RealFiles`
+//! is the operating system, [`faulty`] an imitation that loses whatever was not synced. Snapshots
+//! and the identity are written by way of `durable`, and sled does its own.
 //!
 //! What callers may rely on, and `faulty` takes away at its worst:
 //! - [`File::write_all_at`] promises nothing until a sync of that file returned. Until then any

@@ -1,4 +1,8 @@
 //! Bytes on disk. Nothing here knows what a session is: keys, values and headers are opaque.
+//!
+//! Reading order: `directory` says whose disk it is; `wal` is the log, on the files of `file`;
+//! `checkpoint` is the durable copy of the state, on `sled`; `snapshot` the same as one file. Small
+//! files go through `durable`, small values through `envelope`.
 
 pub mod checkpoint;
 pub mod directory;
