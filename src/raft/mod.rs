@@ -3,9 +3,10 @@
 //! Reading order: [`node`](Node) owns a node's life; `formation` makes a cluster of empty nodes;
 //! `replica` is one Raft group, `recovery` what it finds on disk; `leadership` says where commands
 //! go; `proposals` packs them into entries; `barrier` makes reads linearizable; `sweeper` answers
-//! those who have waited long enough for either; `machine` applies; `checkpointer` keeps the durable
-//! copy; `clock` and `ticker` are time; `log`, `network`, `exchange` and `peer` are the disk and the
-//! wire as Raft uses them, by way of `types` and `convert`; `status` and `halt` tell the operator.
+//! whoever has waited long enough for either; `machine` applies; `checkpointer` keeps the durable
+//! copy; `clock` and `ticker` are time; `log`, `network`, `exchange` and `peer` are the disk and
+//! the wire as Raft uses them, by way of `types` and `convert`; `status` and `halt` are for the
+//! operator.
 
 mod barrier;
 mod checkpointer;
