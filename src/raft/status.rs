@@ -115,9 +115,7 @@ impl Node {
 
     /// Who leads, as far as it knows.
     pub fn leader_id(&self) -> Option<u64> {
-        let metrics = self.replica()?.raft.server_metrics();
-        let leader = metrics.borrow_watched().current_leader;
-        leader
+        self.replica()?.raft.server_metrics().borrow_watched().current_leader
     }
 
     /// Whether it can serve: it belongs to a cluster, knows a leader, and has applied everything

@@ -11,6 +11,10 @@ use super::segment::Segment;
 use super::{WalError, io_error};
 use crate::storage::file::Files;
 
+/// Bytes of a log's first segment, if not less is asked for; each that follows is twice as long,
+/// up to the full length. A node that writes little starts at once and takes up little.
+const FIRST_SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
+
 /// Does the work, on whatever thread.
 pub(super) struct Workshop {
     files: Arc<dyn Files>,
@@ -34,7 +38,8 @@ impl Workshop {
     }
 
     fn prepare(&self, number: u32) -> Result<Segment, WalError> {
-        Segment::prepare(&*self.files, &self.directory, number, self.salt, self.segment_bytes)
+        let bytes = FIRST_SEGMENT_BYTES.saturating_mul(1 << number.min(16)).min(self.segment_bytes);
+        Segment::prepare(&*self.files, &self.directory, number, self.salt, bytes)
     }
 
     /// Removes the oldest segment's file, durably, before any other can follow.
