@@ -90,46 +90,46 @@
 //! went away, sends it again, marked as a resend, and it happens once; where that can no longer be
 //! told the answer is `OUTCOME_UNKNOWN`, never a second application.
 
-// In reading order: from what is promised, by way of the core, to what a user sees.
+// In reading order. Their headers say more; a doc comment here would take their links from them.
 
-/// Every limit, with its reason.
+// Every limit, with its reason.
 pub mod limits;
 
-/// What is generated from `proto/`.
+// What is generated from `proto/`.
 pub mod proto;
 
-/// The only place that reads a clock.
+// The only place that reads a clock.
 #[cfg(feature = "client")]
 pub mod clock;
 
-/// The core: the session store as a pure, deterministic state machine.
+// The core: the session store as a pure, deterministic state machine.
 #[cfg(feature = "server")]
 pub mod state;
 
-/// Bytes on disk, whatever they mean.
+// Bytes on disk, whatever they mean.
 #[cfg(feature = "server")]
 pub mod storage;
 
-/// The shell around openraft: from a command to its place in the log, and back.
+// The shell around openraft: from a command to its place in the log, and back.
 #[cfg(feature = "server")]
 pub mod raft;
 
-/// Use cases, free of any protocol.
+// Use cases, free of any protocol.
 #[cfg(feature = "server")]
 pub mod service;
 
-/// Bytes of the API to and from domain types.
+// Bytes of the API to and from domain types.
 #[cfg(feature = "server")]
 pub mod wire;
 
-/// A node as a process runs it.
+// A node as a process runs it.
 #[cfg(feature = "server")]
 pub mod server;
 
-/// The client library.
+// The client library.
 #[cfg(feature = "client")]
 pub mod client;
 
-/// The command line.
+// The command line.
 #[cfg(feature = "server")]
 pub mod cli;
