@@ -1,7 +1,7 @@
 //! The file layer: every byte of the write-ahead log goes through these two traits.
 //!
 //! They exist so that a test can stand between the log and its disk and pull the plug: `RealFiles`
-//! is the operating system, [`faulty`] an imitation that loses whatever was not synced. Snapshots
+//! is the operating system, `faulty` an imitation that loses whatever was not synced. Snapshots
 //! and the identity are written by way of `durable`, and sled does its own.
 //!
 //! What callers may rely on, and `faulty` takes away at its worst:
