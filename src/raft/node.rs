@@ -433,7 +433,10 @@ impl Node {
         if let Some(replica) = replica {
             replica.stop().await;
         }
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
+        let mut tasks =
+            std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        // Until they have ended, the peers' port is in use.
+        tasks.shutdown().await;
     }
 }
 

@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
-use openraft::ServerState;
 use openraft::async_runtime::watch::WatchReceiver as _;
+use openraft::{Instant as _, ServerState};
 
 use super::node::Node;
 use crate::state::{Stamp, State};
+
+/// Election timeouts without a word of its majority, after which a leader may have a successor.
+const SILENT_ELECTIONS_MAX: u32 = 2;
 
 /// A node's part in the cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,8 +121,8 @@ impl Node {
         self.replica()?.raft.server_metrics().borrow_watched().current_leader
     }
 
-    /// Whether it can serve: it belongs to a cluster, knows a leader, and has applied everything
-    /// that was committed when it last heard of a commit.
+    /// Whether it can serve: it belongs to a cluster, knows a leader that a majority follows as far
+    /// as it can tell, and has applied everything that was committed when it last heard of a commit.
     pub fn is_ready(&self) -> bool {
         let Some(replica) = self.replica() else { return false };
         if self.halt.reason().is_some() || self.leader_id().is_none() {
@@ -127,6 +130,15 @@ impl Node {
         }
         let metrics = replica.raft.data_metrics();
         let metrics = metrics.borrow_watched();
+        let voters = self.members().into_iter().filter(|member| member.voter).count();
+        if self.leader_id() == Some(self.node_id()) && voters > 1 {
+            // Nobody deposes a leader that lost its majority: it has to notice by itself.
+            let silence_max = self.options.timeouts.election_timeout * SILENT_ELECTIONS_MAX;
+            let heard = metrics.last_quorum_acked.as_deref();
+            if heard.is_none_or(|acked| acked.elapsed() > silence_max) {
+                return false;
+            }
+        }
         let index = |log_id: &Option<super::types::LogId>| log_id.map_or(0, |id| id.index + 1);
         index(&metrics.last_applied) > 0
             && index(&metrics.last_applied) >= index(&metrics.local_committed)

@@ -107,8 +107,9 @@ async fn a_session_lives_as_json() {
 
     let deleted = ok(cluster.cli(&["session", "delete", id, "--output=json"]).await).json();
     assert!(deleted["revision"].as_u64().unwrap() > version);
-    for command in ["get", "touch", "delete", "set"] {
-        failed(&cluster.cli(&["session", command, id]).await, 3, "session not found");
+    for command in [&["get", id][..], &["touch", id], &["delete", id], &["set", id, "a=b"]] {
+        let arguments = [&["session"], command].concat();
+        failed(&cluster.cli(&arguments).await, 3, "session not found");
     }
     failed(&cluster.cli(&["session", "create", "--id", id]).await, 4, "less than a minute ago");
     let other = other.stdout.trim_end();
@@ -183,10 +184,12 @@ async fn what_cannot_be_is_refused_with_a_reason() {
     failed(&cluster.cli(&["session", "set", id, &quarters[4]]).await, 4, "1048576");
 
     let nobody = format!("--endpoints=127.0.0.1:{}", reserve_port());
-    for command in [&["session", "list"][..], &["cluster", "status"]] {
-        let arguments = [&[nobody.as_str(), "--timeout=1s"], command].concat();
-        failed(&run(text(&arguments), Vec::new()).await, 75, "--endpoints");
-    }
+    let list = [nobody.as_str(), "--timeout=1s", "session", "list"];
+    failed(&run(text(&list), Vec::new()).await, 75, "--endpoints");
+    let status = [nobody.as_str(), "--timeout=1s", "cluster", "status"];
+    let status = run(text(&status), Vec::new()).await;
+    assert_eq!(status.code, 75, "{status:?}");
+    assert!(status.stdout.contains("unreachable"), "{status:?}");
 }
 
 #[tokio::test]

@@ -58,6 +58,17 @@ fn segments(data: &Path) -> Vec<(PathBuf, u64)> {
     used
 }
 
+/// Where the next batch goes.
+fn end_of_log(data: &Path) -> (PathBuf, u64) {
+    let (path, last) = segments(data).pop().unwrap();
+    let offset = (last / BLOCK_BYTES + 1) * BLOCK_BYTES;
+    if offset < fs::metadata(&path).unwrap().len() {
+        return (path, offset);
+    }
+    let next = files_in(&data.join("wal")).into_iter().find(|other| *other > path);
+    (next.expect("a segment is ready"), BLOCK_BYTES)
+}
+
 /// One byte of a file, changed until it is mended.
 #[derive(Debug)]
 struct Flip {
@@ -108,8 +119,12 @@ async fn damage_in_the_middle_of_the_log_is_refused_by_file_and_offset() {
         let id = cluster.random.within(1..4);
         end(&mut cluster, id, gently).await;
         let (path, last) = segments(cluster.data(id)).remove(0);
-        // Well before the last batch, whatever its size, and behind the segment's header.
-        let offset = cluster.random.within(BLOCK_BYTES..last / 2);
+        let bytes = fs::read(&path).unwrap();
+        // Well before the last batch, whatever its size, and behind the segment's header. What is
+        // zero may be between two batches, where damage does no harm.
+        let mut offset = cluster.random.within(BLOCK_BYTES..last / 2);
+        offset += bytes[usize::try_from(offset).unwrap()..].iter().take_while(|b| **b == 0).count()
+            as u64;
         let flip = Flip { path, offset, mask: 0x40 };
         flip.apply();
         let refusal = refusal(&mut cluster, id).await;
@@ -129,9 +144,8 @@ async fn a_torn_tail_is_cut_off() {
     for gently in [true, false] {
         let id = cluster.random.within(1..4);
         end(&mut cluster, id, gently).await;
-        let (path, last) = segments(cluster.data(id)).pop().unwrap();
+        let (path, offset) = end_of_log(cluster.data(id));
         // What a power cut leaves of a batch that was being written.
-        let offset = (last / BLOCK_BYTES + 1) * BLOCK_BYTES;
         let torn: Vec<u8> = (0..700).map(|_| cluster.random.within(1..256) as u8).collect();
         let file = OpenOptions::new().write(true).open(&path).unwrap();
         file.write_all_at(&torn, offset).unwrap();
