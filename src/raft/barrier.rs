@@ -62,8 +62,17 @@ struct Reader {
 struct Round {
     readers: Vec<Reader>,
     gives_up: Duration,
-    /// On a leader: what has to be confirmed, and by whom.
-    confirmation: Option<Confirmation>,
+    stage: Stage,
+}
+
+/// What a round waits for.
+enum Stage {
+    /// On a leader: that enough voters confirm its term.
+    Confirmed(Confirmation),
+    /// On a follower: that this leader names a log index.
+    Named(u64),
+    /// On a follower: that this node has applied the log up to this index.
+    Applied(u64),
 }
 
 struct Confirmation {
@@ -187,6 +196,7 @@ impl Barriers {
                 (!queue.waiting.is_empty(), room, queue.not_before)
             };
             let pause = not_before.saturating_sub(self.clock.monotonic());
+            let applying = self.settle();
             let mut new_leader = false;
             if waiting && room && pause.is_zero() {
                 match &view.route {
@@ -210,9 +220,10 @@ impl Barriers {
                         return;
                     }
                     self.lock().not_before = Duration::ZERO;
+                    self.take_back();
                 }
                 // A new leader waits until an entry of its own term is applied.
-                _ = applied.changed(), if new_leader => {}
+                _ = applied.changed(), if new_leader || applying => {}
                 () = tokio::time::sleep(pause), if waiting && room && !pause.is_zero() => {}
             }
         }
@@ -232,7 +243,7 @@ impl Barriers {
             outstanding: view.peers.len(),
         };
         let alone = confirmation.has_majority();
-        let id = self.open_round(Some(confirmation), |_| true);
+        let id = self.open_round(Stage::Confirmed(confirmation), |_| true);
         if alone {
             self.confirmed(id, self.own_id, true);
             return true;
@@ -251,11 +262,8 @@ impl Barriers {
 
     fn confirmed(&self, id: u64, node: u64, yes: bool) {
         let mut queue = self.lock();
-        let Some(confirmation) =
-            queue.rounds.get_mut(&id).and_then(|round| round.confirmation.as_mut())
-        else {
-            return;
-        };
+        let stage = queue.rounds.get_mut(&id).map(|round| &mut round.stage);
+        let Some(Stage::Confirmed(confirmation)) = stage else { return };
         if yes {
             confirmation.confirmed.insert(node);
         }
@@ -278,26 +286,23 @@ impl Barriers {
     }
 
     fn begin_as_follower(self: &Arc<Self>, leader: u64, member: &Member) {
-        let id = self.open_round(None, |reader| !reader.as_leader);
+        let id = self.open_round(Stage::Named(leader), |reader| !reader.as_leader);
         let this = self.clone();
         let answered = move |answer: Result<Answer, Lost>| {
-            let round = this.lock().close(id);
-            this.arrived.notify_one();
-            match answer {
-                Ok(Answer::Barrier(index)) => this.pass_when_applied(round, index),
-                _ => this.retry(round),
+            if let Ok(Answer::Barrier(index)) = answer {
+                this.named(id, index);
+            } else {
+                let round = this.lock().close(id);
+                this.retry(round);
             }
+            this.arrived.notify_one();
         };
         let question = Question::Barrier(peer::ExchangeBarrier {});
         self.exchanges.ask(leader, member, question, Box::new(answered));
     }
 
     /// Opens a round for everybody who waits; those whom it does not serve are turned away.
-    fn open_round(
-        &self,
-        confirmation: Option<Confirmation>,
-        serves: impl Fn(&Reader) -> bool,
-    ) -> u64 {
+    fn open_round(&self, stage: Stage, serves: impl Fn(&Reader) -> bool) -> u64 {
         let gives_up = self.clock.monotonic() + ROUND_TIMEOUT;
         let mut queue = self.lock();
         let (readers, refused): (Vec<_>, Vec<_>) =
@@ -305,7 +310,7 @@ impl Barriers {
         queue.last_round += 1;
         let id = queue.last_round;
         queue.under_way += readers.len();
-        queue.rounds.insert(id, Round { readers, gives_up, confirmation });
+        queue.rounds.insert(id, Round { readers, gives_up, stage });
         drop(queue);
         for reader in refused {
             (reader.passed)(Err(BarrierError::NotLeader));
@@ -313,24 +318,59 @@ impl Barriers {
         id
     }
 
-    fn pass_when_applied(self: &Arc<Self>, round: Option<Round>, index: u64) {
-        let Some(round) = round else { return };
-        let mut applied = self.core.applied();
-        if applied.borrow().next_index > index {
-            pass(Some(round), index);
-            return;
+    /// A follower's round has its index: its readers pass now, or when that is applied. It keeps
+    /// its place among the rounds under way, so that a node that lags does not gather readers.
+    fn named(&self, id: u64, index: u64) {
+        if let Some(round) = self.lock().rounds.get_mut(&id) {
+            round.stage = Stage::Applied(index);
+            round.gives_up = Duration::MAX;
         }
-        let Some(latest) = round.readers.iter().map(|reader| reader.deadline).max() else {
-            return;
-        };
-        let wait = latest.saturating_sub(self.clock.monotonic());
-        tokio::spawn(async move {
-            let reached = applied.wait_for(|applied| applied.next_index > index);
-            match tokio::time::timeout(wait, reached).await {
-                Ok(Ok(_)) => pass(Some(round), index),
-                _ => fail(round.readers, BarrierError::NoLeader),
+        self.settle();
+    }
+
+    /// Lets those pass whose index is applied. Returns whether others wait for theirs.
+    fn settle(&self) -> bool {
+        let next_index = self.core.next_index();
+        let mut applying = false;
+        let mut queue = self.lock();
+        let mut settled = Vec::new();
+        for (id, round) in &queue.rounds {
+            match round.stage {
+                Stage::Applied(index) if index < next_index => settled.push((*id, index)),
+                Stage::Applied(_) => applying = true,
+                Stage::Confirmed(_) | Stage::Named(_) => {}
             }
-        });
+        }
+        let settled: Vec<_> =
+            settled.into_iter().map(|(id, index)| (queue.close(id), index)).collect();
+        drop(queue);
+        for (round, index) in settled {
+            pass(round, index);
+        }
+        applying
+    }
+
+    /// Begins anew what was asked of a node that does not lead any more.
+    fn take_back(&self) {
+        let leader = match self.leadership.route() {
+            Route::Remote(node, _) => Some(node),
+            Route::Local => None,
+            Route::Unknown => return,
+        };
+        let mut queue = self.lock();
+        let astray: Vec<u64> = queue
+            .rounds
+            .iter()
+            .filter(
+                |(_, round)| matches!(round.stage, Stage::Named(asked) if Some(asked) != leader),
+            )
+            .map(|(id, _)| *id)
+            .collect();
+        let rounds: Vec<_> = astray.into_iter().map(|id| queue.close(id)).collect();
+        drop(queue);
+        for round in rounds {
+            self.retry(round);
+        }
     }
 
     fn retry(&self, round: Option<Round>) {
@@ -366,7 +406,7 @@ impl Barriers {
             let before = expired.len();
             expired.extend(round.readers.extract_if(.., |reader| reader.deadline <= now));
             removed += expired.len() - before;
-            if round.gives_up <= now {
+            if round.gives_up <= now || round.readers.is_empty() {
                 failed.push(*id);
             }
         }

@@ -23,9 +23,17 @@ use crate::proto::peer::exchange_response::Response as Answer;
 /// costs an attempt to connect.
 const REOPEN_PAUSE: Duration = Duration::from_millis(100);
 
-/// The stream broke before the answer came: whether the question was heard is not known.
+/// Questions that one node may leave unanswered before it is asked no more.
+const QUESTIONS_MAX: usize = 4096;
+
+/// No answer came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Lost;
+pub(crate) enum Lost {
+    /// The question never left this node.
+    Unsent,
+    /// The stream broke: whether the question was heard is not known.
+    Unanswered,
+}
 
 type Answered = Box<dyn FnOnce(Result<Answer, Lost>) + Send>;
 
@@ -56,10 +64,10 @@ impl Exchanges {
     }
 
     /// Asks a node. `answered` is called once, from whatever task hears the answer. Those who ask
-    /// bound what they have under way.
+    /// bound what they have under way as well.
     pub(crate) fn ask(&self, node: u64, member: &Member, question: Question, answered: Answered) {
         let Some(stream) = self.stream(node, member) else {
-            answered(Err(Lost));
+            answered(Err(Lost::Unsent));
             return;
         };
         stream.ask(question, answered);
@@ -105,9 +113,9 @@ impl OpenStream {
         let correlation_id = self.last_id.fetch_add(1, Ordering::Relaxed) + 1;
         {
             let mut waiting = self.lock();
-            if waiting.broken_at.is_some() {
+            if waiting.broken_at.is_some() || waiting.answers.len() >= QUESTIONS_MAX {
                 drop(waiting);
-                answered(Err(Lost));
+                answered(Err(Lost::Unsent));
                 return;
             }
             waiting.answers.insert(correlation_id, answered);
@@ -149,7 +157,7 @@ impl OpenStream {
             std::mem::take(&mut waiting.answers)
         };
         for answered in lost.into_values() {
-            answered(Err(Lost));
+            answered(Err(Lost::Unanswered));
         }
     }
 }

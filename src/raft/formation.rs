@@ -36,11 +36,15 @@ const FOUNDING_VERSION: u8 = 1;
 pub(super) struct Founding {
     pub(super) cluster_id: u128,
     pub(super) members: BTreeMap<u64, Member>,
+    /// Whether this node's log has been made. From then on a node without it has lost what it
+    /// acknowledged.
+    pub(super) has_log: bool,
 }
 
 #[derive(Serialize, Deserialize)]
 struct FoundingV1 {
     members: Vec<(u64, String, String, u64)>,
+    has_log: bool,
 }
 
 impl Founding {
@@ -53,7 +57,8 @@ impl Founding {
                 (*node, peer_address, client_address, incarnation)
             })
             .collect();
-        let bytes = envelope::encode(FOUNDING_VERSION, &FoundingV1 { members });
+        let bytes =
+            envelope::encode(FOUNDING_VERSION, &FoundingV1 { members, has_log: self.has_log });
         bytes.expect("what is known of a few members is small").into()
     }
 
@@ -67,7 +72,7 @@ impl Founding {
                 (node, Member { peer_address, client_address, incarnation })
             })
             .collect();
-        Ok(Self { cluster_id, members })
+        Ok(Self { cluster_id, members, has_log: founding.has_log })
     }
 }
 
@@ -146,10 +151,10 @@ fn check_for_impostor(node: &Node, answer: &peer::IdentifyResponse) -> Result<()
     match answer.members.iter().find(|member| member.node_id == id) {
         Some(member) if member.incarnation == node.incarnation => Ok(()),
         Some(member) => Err(Obstacle::Final(format!(
-            "node {id} is a member of cluster {cluster_id:032x} with data that is not in {} \
+            "the cluster {cluster_id:032x} knows node {id} with other data than {} holds \
              (incarnation {:016x} there, {:016x} here); a node whose disk was lost must not come \
-             back under its old id: restore the old data directory, or remove node {id} from the \
-             cluster and join under an id that was never used",
+             back under its old id, as it has forgotten its votes and what it acknowledged: bring \
+             back its data directory, or leave it out",
             node.options.data_directory.display(),
             member.incarnation,
             node.incarnation,
@@ -275,7 +280,7 @@ fn draw(node: &Node, listed: &BTreeMap<u64, String>, found: Answers) -> Result<F
         );
     }
     let cluster_id = random_cluster_id().map_err(|error| error.to_string())?;
-    Ok(Founding { cluster_id, members })
+    Ok(Founding { cluster_id, members, has_log: false })
 }
 
 async fn adopt_all(node: &Node, founding: &Founding) -> Result<(), String> {
@@ -292,10 +297,13 @@ async fn adopt_all(node: &Node, founding: &Founding) -> Result<(), String> {
             to_incarnation: member.incarnation,
         });
         request.set_timeout(ASK_TIMEOUT);
-        client(channel)
-            .adopt(request)
-            .await
-            .map_err(|status| format!("node {id} does not join: {}", status.message()))?;
+        client(channel).adopt(request).await.map_err(|status| {
+            format!(
+                "node {id} does not join: {}; if its disk was emptied while the cluster was \
+                     being formed, empty the data directories of all listed nodes",
+                status.message()
+            )
+        })?;
     }
     Ok(())
 }

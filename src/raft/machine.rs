@@ -102,6 +102,11 @@ impl Core {
         self.applied.subscribe()
     }
 
+    /// Log index of the first entry not applied.
+    pub(crate) fn next_index(&self) -> u64 {
+        self.applied.borrow().next_index
+    }
+
     pub(crate) fn last_applied(&self) -> Option<LogId> {
         self.lock().last_applied
     }

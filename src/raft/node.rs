@@ -16,7 +16,7 @@ use super::formation::{self, Founding};
 use super::halt::Halt;
 use super::network::{self, PEER_MESSAGE_BYTES_MAX};
 use super::peer::PeerServer;
-use super::proposals::ProposeError;
+use super::proposals::{Lane, ProposeError};
 use super::recovery::{RecoveryError, StoragePaths};
 use super::replica::{RaftTimeouts, Replica, ReplicaParts};
 use crate::clock::Clock;
@@ -214,17 +214,20 @@ impl Node {
                 self.options.node_id, current.cluster_id
             ));
         }
-        let identity = Identity::Member {
+        self.save(founding).map_err(|error| error.to_string())?;
+        tracing::info!(cluster_id = %format_args!("{:032x}", founding.cluster_id), "joined");
+        *current = Some(founding.clone());
+        Ok(())
+    }
+
+    fn save(&self, founding: &Founding) -> Result<(), DirectoryError> {
+        let mut directory = self.directory.lock().unwrap_or_else(PoisonError::into_inner);
+        directory.save_identity(Identity::Member {
             cluster_id: founding.cluster_id,
             node_id: self.options.node_id,
             incarnation: self.incarnation,
             members: founding.encode(),
-        };
-        let mut directory = self.directory.lock().unwrap_or_else(PoisonError::into_inner);
-        directory.save_identity(identity).map_err(|error| error.to_string())?;
-        tracing::info!(cluster_id = %format_args!("{:032x}", founding.cluster_id), "joined");
-        *current = Some(founding.clone());
-        Ok(())
+        })
     }
 
     /// Starts the replica, once the node belongs to a cluster.
@@ -233,7 +236,7 @@ impl Node {
         if let Some(replica) = self.replica.get() {
             return Ok(replica.clone());
         }
-        let founding = self
+        let mut founding = self
             .founding()
             .ok_or_else(|| RecoveryError::new("this node belongs to no cluster yet"))?;
         let paths = {
@@ -250,7 +253,8 @@ impl Node {
                 node_id: self.options.node_id,
                 incarnation: self.incarnation,
             },
-            founders: founding.members,
+            founders: founding.members.clone(),
+            has_log: founding.has_log,
             paths,
             clock: self.options.clock.clone(),
             timeouts: self.options.timeouts,
@@ -258,6 +262,11 @@ impl Node {
             halt: self.halt.clone(),
         })
         .await?;
+        if !founding.has_log {
+            founding.has_log = true;
+            self.save(&founding).map_err(RecoveryError::new)?;
+            *self.founding.lock().unwrap_or_else(PoisonError::into_inner) = Some(founding);
+        }
         Ok(self.replica.get_or_init(|| replica).clone())
     }
 
@@ -293,6 +302,7 @@ impl Node {
             cluster_id: u128::from(request.cluster_id_high) << 64
                 | u128::from(request.cluster_id_low),
             members: request.members.into_iter().map(formation::member_in).collect(),
+            has_log: false,
         };
         if !founding.members.contains_key(&self.options.node_id) {
             return Err(format!("node {} is not among the members", self.options.node_id));
@@ -331,7 +341,10 @@ impl Node {
             done(Err(self.unavailable()));
             return;
         };
-        let urgent = matches!(command, Command::DeleteSession { .. });
+        let lane = match command {
+            Command::DeleteSession { .. } => Lane::Urgent,
+            _ => Lane::Ordinary,
+        };
         let halt = self.halt.clone();
         let done = move |result: Result<Reply, ProposeError>| {
             done(result.map_err(|error| match (halt.reason(), error) {
@@ -341,13 +354,7 @@ impl Node {
                 (None, ProposeError::OutcomeUnknown) => WriteError::OutcomeUnknown,
             }));
         };
-        replica.proposals.propose(
-            encode_command(command),
-            resend,
-            deadline,
-            urgent,
-            Box::new(done),
-        );
+        replica.proposals.propose(encode_command(command), resend, deadline, lane, Box::new(done));
     }
 
     /// Why a node that cannot date a request does not take it.
@@ -359,14 +366,16 @@ impl Node {
         }
     }
 
-    /// Looks at the state once that is linearizable. `look` is called once, by the deadline.
-    pub fn read(
+    /// Looks at the state once that is linearizable, and hands what `look` saw to `done`, which is
+    /// called once, by the deadline. `look` holds up everything else and should be brief.
+    pub fn read<T>(
         &self,
         deadline: Duration,
-        look: impl FnOnce(Result<&State, ReadError>) + Send + 'static,
+        look: impl FnOnce(&State) -> T + Send + 'static,
+        done: impl FnOnce(Result<T, ReadError>) + Send + 'static,
     ) {
         let Some(replica) = self.replica.get() else {
-            look(Err(self.halt.reason().map_or(ReadError::NotInitialized, ReadError::Halted)));
+            done(Err(self.halt.reason().map_or(ReadError::NotInitialized, ReadError::Halted)));
             return;
         };
         let core = replica.core.clone();
@@ -374,40 +383,37 @@ impl Node {
         replica.barriers.wait(
             deadline,
             Box::new(move |passed| match (halt.reason(), passed) {
-                (Some(reason), _) => look(Err(ReadError::Halted(reason))),
-                (None, Ok(_)) => core.read(|state| look(Ok(state))),
-                (None, Err(BarrierError::Overloaded)) => look(Err(ReadError::Overloaded)),
-                (None, Err(_)) => look(Err(ReadError::NoLeader)),
+                (Some(reason), _) => done(Err(ReadError::Halted(reason))),
+                (None, Ok(_)) => done(Ok(core.read(look))),
+                (None, Err(BarrierError::Overloaded)) => done(Err(ReadError::Overloaded)),
+                (None, Err(_)) => done(Err(ReadError::NoLeader)),
             }),
         );
     }
 
     /// Looks at the state as this node has it, once it has applied `min_revision`.
-    pub fn read_local(
+    pub fn read_local<T>(
         &self,
         min_revision: u64,
         deadline: Duration,
-        look: impl FnOnce(Result<&State, ReadError>) + Send + 'static,
+        look: impl FnOnce(&State) -> T + Send + 'static,
+        done: impl FnOnce(Result<T, ReadError>) + Send + 'static,
     ) {
         let Some(replica) = self.replica.get() else {
-            look(Err(ReadError::NotInitialized));
+            done(Err(ReadError::NotInitialized));
             return;
         };
         let core = replica.core.clone();
         let mut applied = core.applied();
         if applied.borrow().revision.0 >= min_revision {
-            core.read(|state| look(Ok(state)));
+            done(Ok(core.read(look)));
             return;
         }
         let wait = deadline.saturating_sub(self.monotonic());
         tokio::spawn(async move {
             let reached = applied.wait_for(|applied| applied.revision.0 >= min_revision);
             let reached = matches!(tokio::time::timeout(wait, reached).await, Ok(Ok(_)));
-            if reached {
-                core.read(|state| look(Ok(state)));
-            } else {
-                look(Err(ReadError::NoLeader));
-            }
+            done(if reached { Ok(core.read(look)) } else { Err(ReadError::NoLeader) });
         });
     }
 
@@ -429,14 +435,15 @@ impl Node {
 
     /// Drains and stops. Nothing acknowledged depends on it.
     pub async fn stop(&self) {
+        let mut tasks =
+            std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        // Until they have ended, the peers' port is in use, and peers would be answered by a
+        // replica that has stopped.
+        tasks.shutdown().await;
         let replica = self.replica.get().cloned();
         if let Some(replica) = replica {
             replica.stop().await;
         }
-        let mut tasks =
-            std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
-        // Until they have ended, the peers' port is in use.
-        tasks.shutdown().await;
     }
 }
 

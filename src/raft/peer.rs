@@ -52,11 +52,7 @@ fn invalid(error: impl std::fmt::Display) -> Status {
 
 impl PeerServer {
     /// The replica, if the message is meant for it and its sender is who the membership says.
-    fn meant(
-        &self,
-        header: Option<&peer::Header>,
-        sender: Sender,
-    ) -> Result<Arc<Replica>, Status> {
+    fn meant(&self, header: Option<&peer::Header>, sender: Sender) -> Result<Arc<Replica>, Status> {
         let replica = self
             .node
             .replica()

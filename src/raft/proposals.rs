@@ -48,8 +48,21 @@ pub(crate) enum ProposeError {
 
 pub(crate) type Done = Box<dyn FnOnce(Result<Reply, ProposeError>) + Send>;
 
+/// How much may be pending before a command is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lane {
+    /// Up to the limits.
+    Ordinary,
+    /// Twice as much: deletes, which make room.
+    Urgent,
+    /// Always: the ticker's, of which there is one at a time.
+    Tick,
+}
+
 /// A command on its way, and who waits for it.
 struct Waiter {
+    /// Counts arrivals, so that those turned away come back in their order.
+    number: u64,
     proposal: Proposal,
     /// Local monotonic time.
     deadline: Duration,
@@ -61,6 +74,8 @@ struct UnderWay {
     deadline: Duration,
     /// When to stop waiting for another node's answer.
     gives_up: Option<Duration>,
+    /// The node that it was sent to, if not this one.
+    target: Option<u64>,
     waiters: Vec<Option<Waiter>>,
 }
 
@@ -69,6 +84,7 @@ struct Queue {
     waiting: VecDeque<Waiter>,
     under_way: HashMap<u64, UnderWay>,
     last_pack: u64,
+    last_number: u64,
     /// Of all that is waiting or under way.
     count: usize,
     bytes: usize,
@@ -115,29 +131,34 @@ impl Proposals {
     }
 
     /// Queues an encoded command. `done` is called once, by the deadline (local monotonic time).
-    ///
-    /// `urgent` commands (deletes, expiry) are taken even when the node is overloaded: they make
-    /// room.
     pub(crate) fn propose(
         &self,
         command: Bytes,
         resend: bool,
         deadline: Duration,
-        urgent: bool,
+        lane: Lane,
         done: Done,
     ) {
         let bytes = command.len();
         let mut queue = self.lock();
-        let full = queue.count >= PROPOSALS_PENDING_MAX
-            || queue.bytes + bytes > PROPOSAL_BYTES_PENDING_MAX;
-        if full && !(urgent && queue.count < 2 * PROPOSALS_PENDING_MAX) {
+        let count_max = match lane {
+            Lane::Ordinary => PROPOSALS_PENDING_MAX,
+            Lane::Urgent => 2 * PROPOSALS_PENDING_MAX,
+            Lane::Tick => usize::MAX,
+        };
+        let full = queue.count >= count_max
+            || lane == Lane::Ordinary && queue.bytes + bytes > PROPOSAL_BYTES_PENDING_MAX;
+        if full {
             drop(queue);
             done(Err(ProposeError::Overloaded));
             return;
         }
         queue.count += 1;
         queue.bytes += bytes;
-        queue.waiting.push_back(Waiter { proposal: Proposal { command, resend }, deadline, done });
+        queue.last_number += 1;
+        let number = queue.last_number;
+        let proposal = Proposal { command, resend };
+        queue.waiting.push_back(Waiter { number, proposal, deadline, done });
         let first = queue.waiting.len() == 1;
         drop(queue);
         if first {
@@ -158,7 +179,9 @@ impl Proposals {
             };
             let pause = not_before.saturating_sub(self.clock.monotonic());
             if waiting && room && pause.is_zero() && route != Route::Unknown {
-                self.slow_down().await;
+                if route == Route::Local {
+                    self.slow_down().await;
+                }
                 self.send_pack(route).await;
                 continue;
             }
@@ -169,6 +192,7 @@ impl Proposals {
                         return;
                     }
                     self.lock().not_before = Duration::ZERO;
+                    self.take_back();
                 }
                 () = tokio::time::sleep(pause), if waiting && room && !pause.is_zero() => {}
             }
@@ -192,7 +216,11 @@ impl Proposals {
     }
 
     async fn send_pack(self: &Arc<Self>, route: Route) {
-        let (id, proposals) = self.pack(matches!(route, Route::Remote(..)));
+        let target = match &route {
+            Route::Remote(node, _) => Some(*node),
+            Route::Local | Route::Unknown => None,
+        };
+        let Some((id, proposals)) = self.pack(target) else { return };
         match route {
             Route::Local => self.lead(id, &proposals).await,
             Route::Remote(node, member) => self.forward(id, node, &member, &proposals),
@@ -201,9 +229,10 @@ impl Proposals {
     }
 
     /// Moves what is waiting into a pack, up to the size of an entry.
-    fn pack(&self, remote: bool) -> (u64, Vec<Proposal>) {
+    fn pack(&self, target: Option<u64>) -> Option<(u64, Vec<Proposal>)> {
         let now = self.clock.monotonic();
         let mut queue = self.lock();
+        queue.waiting.front()?;
         let mut bytes = 0;
         let mut waiters = Vec::with_capacity(queue.waiting.len().min(4096));
         let mut proposals = Vec::with_capacity(waiters.capacity());
@@ -219,9 +248,28 @@ impl Proposals {
         }
         queue.last_pack += 1;
         let id = queue.last_pack;
-        let gives_up = remote.then(|| now + FORWARD_TIMEOUT);
-        queue.under_way.insert(id, UnderWay { deadline, gives_up, waiters });
-        (id, proposals)
+        let gives_up = target.map(|_| now + FORWARD_TIMEOUT);
+        queue.under_way.insert(id, UnderWay { deadline, gives_up, target, waiters });
+        Some((id, proposals))
+    }
+
+    /// Takes back what was sent to a node that does not lead any more.
+    fn take_back(&self) {
+        let leader = match self.leadership.route() {
+            Route::Remote(node, _) => Some(node),
+            Route::Local => None,
+            Route::Unknown => return,
+        };
+        let astray: Vec<u64> = self
+            .lock()
+            .under_way
+            .iter()
+            .filter(|(_, pack)| pack.target.is_some() && pack.target != leader)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in astray {
+            self.turned_away(id, true);
+        }
     }
 
     async fn lead(self: &Arc<Self>, id: u64, proposals: &[Proposal]) {
@@ -268,7 +316,8 @@ impl Proposals {
                 }
             }
             Ok(Answer::NotLeader(_) | Answer::Overloaded(_)) => this.turned_away(id, false),
-            Ok(_) | Err(Lost) => this.turned_away(id, true),
+            Err(Lost::Unsent) => this.turned_away(id, false),
+            Ok(_) | Err(Lost::Unanswered) => this.turned_away(id, true),
         };
         self.exchanges.ask(node, member, question, Box::new(answered));
     }
@@ -320,6 +369,9 @@ impl Proposals {
             queue.bytes += waiter.proposal.command.len();
             queue.waiting.push_front(waiter);
         }
+        if !queue.waiting.iter().is_sorted_by_key(|waiter| waiter.number) {
+            queue.waiting.make_contiguous().sort_by_key(|waiter| waiter.number);
+        }
         drop(queue);
         self.arrived.notify_one();
         self.sweeper.wake();
@@ -332,9 +384,10 @@ impl Proposals {
         if self.leadership.route() != Route::Local {
             return Answer::NotLeader(peer::NotLeader {});
         }
-        if bytes > 2 * ENTRY_BYTES_MAX || (self.lagging)() {
+        if bytes > 2 * ENTRY_BYTES_MAX {
             return Answer::Overloaded(peer::Overloaded {});
         }
+        self.slow_down().await;
         let entry = state::encode_entry(self.leadership.stamp(), &proposals);
         let (responder, answered) = openraft::impls::ProgressResponder::complete_only();
         if self.raft.client_write_ff(Pack(entry), Some(responder)).await.is_err() {

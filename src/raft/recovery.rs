@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::convert::{Boundary, boundary_decode};
+use super::convert::{Boundary, boundary_decode, record_in};
 use super::machine::load_snapshot;
 use crate::state::{Restore, State};
 use crate::storage::checkpoint::{
@@ -55,24 +55,36 @@ fn because(error: impl std::fmt::Display) -> RecoveryError {
 }
 
 /// Reads the data directory. Blocks for as long as that takes.
-pub(crate) fn recover(paths: &StoragePaths) -> Result<Recovery, RecoveryError> {
+///
+/// `has_log` says that the log was made before: without it, the node has lost what it acknowledged
+/// and must not vote again.
+pub(crate) fn recover(paths: &StoragePaths, has_log: bool) -> Result<Recovery, RecoveryError> {
+    if has_log && !holds_anything(&paths.wal) {
+        return Err(because(format_args!(
+            "the log in {} is gone, and with it the votes and entries that this node has \
+             acknowledged; bring it back, or leave this node out of the cluster",
+            paths.wal.display()
+        )));
+    }
     snapshot::prepare(&paths.snapshots).map_err(because)?;
     let (store, checkpoint) = open_checkpoint(&paths.checkpoint)?;
-    let snapshot = snapshot::newest(&paths.snapshots).map_err(because)?;
+    let mut snapshot = snapshot::newest(&paths.snapshots).map_err(because)?;
     let checkpoint_index = checkpoint.as_ref().map(|(boundary, _)| boundary.index());
-    let newer = snapshot.as_ref().filter(|file| Some(file.index) > checkpoint_index);
+    let newer = snapshot.clone().filter(|file| Some(file.index) > checkpoint_index);
     let (state, replace_with) = match newer {
         None => (checkpoint, None),
-        Some(file) => match load_snapshot(file) {
-            Ok(state) => (Some(state), Some(file.clone())),
+        Some(file) => match load_snapshot(&file) {
+            Ok(state) => (Some(state), Some(file)),
             Err(error) if checkpoint.is_some() => {
-                tracing::error!(%error, "snapshot is not usable; the checkpoint and the log are");
+                tracing::error!(%error, "snapshot moved aside; the checkpoint and the log are usable");
+                set_aside(&file.path)?;
+                snapshot = None;
                 (checkpoint, None)
             }
             Err(error) => {
                 return Err(because(format_args!(
-                    "{error}, and there is no checkpoint; restore this node from the others by \
-                     removing it and adding it again under a new id"
+                    "{error}, and there is no checkpoint to fall back on; bring back the data \
+                     directory, or leave this node out of the cluster"
                 )));
             }
         },
@@ -89,11 +101,42 @@ pub(crate) fn recover(paths: &StoragePaths) -> Result<Recovery, RecoveryError> {
     if recovered.first_index > next {
         return Err(because(format_args!(
             "the log begins at index {}, but the state on disk ends before {next}: checkpoint and \
-             snapshot are lost; remove this node and add it again under a new id",
+             snapshot are lost; bring back the data directory, or leave this node out of the \
+             cluster",
             recovered.first_index
         )));
     }
+    if let (Some(_), Some((boundary, _))) = (&replace_with, &state) {
+        drop_conflicting_tail(&wal, boundary)?;
+    }
     Ok(Recovery { store, checkpoint_index, snapshot, state, replace_with, wal, recovered })
+}
+
+/// A snapshot from a leader takes the place of whatever the log holds there of another term. Raft
+/// truncates that when it installs the snapshot; a crash may come first.
+fn drop_conflicting_tail(wal: &Wal, boundary: &Boundary) -> Result<(), RecoveryError> {
+    let Some(log_id) = boundary.log_id else { return Ok(()) };
+    if log_id.index < wal.first_index() || wal.last_index() < Some(log_id.index) {
+        return Ok(());
+    }
+    let records = wal.read(log_id.index..log_id.index + 1, 0).map_err(because)?;
+    let Some(record) = records.into_iter().next() else { return Ok(()) };
+    let entry = record_in(log_id.index, record).map_err(because)?;
+    if entry.log_id != log_id {
+        tracing::warn!(index = log_id.index, "the log's tail conflicts with the snapshot; dropped");
+        wal.truncate_from(log_id.index, Box::new(|_| {}));
+    }
+    Ok(())
+}
+
+fn holds_anything(directory: &Path) -> bool {
+    std::fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_some())
+}
+
+fn set_aside(file: &Path) -> Result<(), RecoveryError> {
+    let mut aside = file.as_os_str().to_owned();
+    aside.push(".damaged");
+    std::fs::rename(file, aside).map_err(because)
 }
 
 type OpenedCheckpoint = (CheckpointStore, Option<(Boundary, State)>);

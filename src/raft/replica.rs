@@ -69,6 +69,8 @@ pub(crate) struct Replica {
 pub(crate) struct ReplicaParts {
     pub(crate) identity: Identity,
     pub(crate) founders: BTreeMap<u64, Member>,
+    /// Whether the log was made before, and so has to be there.
+    pub(crate) has_log: bool,
     pub(crate) paths: StoragePaths,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) timeouts: RaftTimeouts,
@@ -107,7 +109,7 @@ impl Replica {
     pub(crate) async fn start(parts: ReplicaParts) -> Result<Arc<Self>, RecoveryError> {
         let config = Arc::new(raft_config(parts.timeouts)?);
         let Recovery { store, checkpoint_index, snapshot, state, replace_with, wal, recovered } =
-            recover(&parts.paths)?;
+            recover(&parts.paths, parts.has_log)?;
         let log = LogStore::new(wal.clone(), &recovered).map_err(RecoveryError::new)?;
         let durable = log.durable();
         let highest = highest_stamp(&wal, &recovered, state.as_ref().map(|(_, s)| s.clock()))?;
@@ -268,6 +270,9 @@ impl Replica {
 
     /// Drains and stops: a last checkpoint, the log closed.
     pub(crate) async fn stop(&self) {
+        // Whoever waits is told before nobody is left to tell.
+        self.proposals.expire(Duration::MAX);
+        self.barriers.expire(Duration::MAX);
         if let Err(error) = self.raft.shutdown().await {
             tracing::warn!(%error, "raft did not stop cleanly");
         }

@@ -38,7 +38,7 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, Guard> for Stores {
             checkpoint: directory.path().join("sled"),
             snapshots: directory.path().join("snapshots"),
         };
-        let Recovery { store, wal, recovered, .. } = recover(&paths).unwrap();
+        let Recovery { store, wal, recovered, .. } = recover(&paths, false).unwrap();
         let log = LogStore::new(wal.clone(), &recovered).unwrap();
         let core = Core::new(None, None);
         let checkpointer = Checkpointer::start(CheckpointerParts {

@@ -3,17 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::oneshot;
 
 use super::clock::ClusterClock;
 use super::leadership::{Leadership, Route};
 use super::machine::Core;
-use super::proposals::Proposals;
+use super::proposals::{Lane, Proposals};
 use crate::state::{Command, encode_command};
 
 /// How often a leader looks for a deadline that has moved closer. No timeout is shorter than a
 /// second, so none that appears meanwhile can be missed by more.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+/// Pause after a Tick that was not applied.
+const RETRY_PAUSE: Duration = Duration::from_millis(10);
 /// Deadline of a Tick as a proposal; the next look proposes another.
 const TICK_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -39,24 +41,29 @@ pub(crate) async fn run(
             Some(deadline) => deadline.since(now).min(LOOK_INTERVAL),
             None => LOOK_INTERVAL,
         };
-        if wait.is_zero() {
-            tick(&clock, &proposals).await;
+        // A Tick that is turned away is not tried again at once: that would starve all others.
+        let wait = if wait.is_zero() && tick(&clock, &proposals).await {
+            continue;
         } else {
-            tokio::time::sleep(wait).await;
-        }
+            wait.max(RETRY_PAUSE)
+        };
+        tokio::time::sleep(wait).await;
     }
 }
 
-/// Proposes one Tick and waits until it is applied, so that sweeps and writes take turns.
-async fn tick(clock: &ClusterClock, proposals: &Proposals) {
-    let answered = Arc::new(Notify::new());
-    let waiting = answered.clone();
+/// Proposes one Tick and waits until it is applied, so that sweeps and writes take turns. False if
+/// it was not.
+async fn tick(clock: &ClusterClock, proposals: &Proposals) -> bool {
+    let (done, answered) = oneshot::channel();
     proposals.propose(
         encode_command(&Command::Tick),
         false,
         clock.monotonic() + TICK_TIMEOUT,
-        true,
-        Box::new(move |_| waiting.notify_one()),
+        Lane::Tick,
+        Box::new(move |result| {
+            // The ticker goes away with the node.
+            let _ = done.send(result.is_ok());
+        }),
     );
-    answered.notified().await;
+    answered.await.unwrap_or(false)
 }

@@ -13,8 +13,8 @@ use super::error::{Error, ErrorKind};
 use super::request::{Call, RequestContext, RequestIds};
 use crate::limits::{
     ATTRIBUTE_VALUE_BYTES_MAX, NAME_BYTES_MAX, NAMESPACE_BYTES_MAX, PAGE_SIZE_DEFAULT,
-    PAGE_SIZE_MAX, SESSION_ATTRIBUTES_MAX, SESSION_BYTES_MAX, SESSION_ID_CHARS_MAX,
-    SESSION_ID_CHARS_MIN, TIMEOUT_MAX, TIMEOUT_MIN,
+    PAGE_SIZE_MAX, REQUEST_BYTES_MAX, SESSION_ATTRIBUTES_MAX, SESSION_BYTES_MAX,
+    SESSION_ID_CHARS_MAX, SESSION_ID_CHARS_MIN, TIMEOUT_MAX, TIMEOUT_MIN,
 };
 use crate::raft::{Node, ReadError, WriteError};
 use crate::state::{
@@ -288,13 +288,12 @@ impl Sessions {
             return self.get_and_touch(call, key, get.consistency, done);
         }
         let query = Query::GetSession(key.clone());
-        self.read(call, get.consistency, move |state| {
-            let state = match state {
-                Ok(state) => state,
-                Err(error) => return done(Err(error.into())),
-            };
-            done(found(state.query(&query), key));
-        });
+        self.read(
+            call,
+            get.consistency,
+            move |state| state.query(&query),
+            move |reply| done(reply.map_err(Error::from).and_then(|reply| found(reply, key))),
+        );
     }
 
     fn get_and_touch(
@@ -313,12 +312,13 @@ impl Sessions {
         };
         let query = Query::GetSession(key.clone());
         let now = request.first_sent;
-        self.read(&call, consistency, move |state| {
-            let state = match state {
-                Ok(state) => state,
+        let touched = key.clone();
+        let look = move |state: &State| (state.touch_need(&touched, now), state.query(&query));
+        self.read(&call, consistency, look, move |looked| {
+            let (need, reply) = match looked {
+                Ok(looked) => looked,
                 Err(error) => return done(Err(error.into())),
             };
-            let (need, reply) = (state.touch_need(&key, now), state.query(&query));
             let touch = Command::TouchSession { request, key: key.clone() };
             match need {
                 TouchNeed::Wait { .. } => {
@@ -347,16 +347,19 @@ impl Sessions {
             Err(error) => return done(Err(error)),
         };
         let (namespace, keys) = keys;
-        self.read(call, get.consistency, move |state| {
-            let state = match state {
-                Ok(state) => state,
-                Err(error) => return done(Err(error.into())),
-            };
-            let sessions = keys
+        let look = move |state: &State| {
+            let sessions: Vec<_> = keys
                 .into_iter()
                 .flat_map(|key| state.query(&Query::GetSession(key)).sessions)
                 .collect();
-            done(Ok(Listed { revision: state.revision(), namespace, sessions, more: false }));
+            (state.revision(), sessions)
+        };
+        self.read(call, get.consistency, look, move |looked| {
+            done(looked.map_err(Error::from).and_then(|(revision, sessions)| {
+                let listed = Listed { revision, namespace, sessions, more: false };
+                fits_a_message(&listed)?;
+                Ok(listed)
+            }));
         });
     }
 
@@ -436,13 +439,13 @@ impl Sessions {
         let Some(now) = self.node.cluster_time().map(|stamp| stamp.time) else {
             return done(Err(self.node.unavailable().into()));
         };
-        self.node.read(deadline, move |state| {
-            let state = match state {
-                Ok(state) => state,
+        let looked_at = key.clone();
+        let look = move |state: &State| (state.revision(), state.touch_need(&looked_at, now));
+        self.node.read(deadline, look, move |looked| {
+            let (revision, need) = match looked {
+                Ok(looked) => looked,
                 Err(error) => return done(Err(error.into())),
             };
-            let revision = state.revision();
-            let need = state.touch_need(&key, now);
             let touch = Command::TouchSession { request, key };
             match need {
                 TouchNeed::NotFound => done(Err(Error::session_not_found())),
@@ -498,26 +501,29 @@ impl Sessions {
             Ok(built) => built,
             Err(error) => return done(Err(error)),
         };
-        self.read(call, consistency, move |state| {
-            let state = match state {
-                Ok(state) => state,
-                Err(error) => return done(Err(error.into())),
-            };
-            let QueryReply { revision, sessions, more } = state.query(&query);
-            done(Ok(Listed { revision, namespace, sessions, more }));
-        });
+        self.read(
+            call,
+            consistency,
+            move |state| state.query(&query),
+            move |reply| {
+                done(reply.map_err(Error::from).map(|QueryReply { revision, sessions, more }| {
+                    Listed { revision, namespace, sessions, more }
+                }));
+            },
+        );
     }
 
-    fn read(
+    fn read<T>(
         &self,
         call: &Call,
         consistency: Consistency,
-        look: impl FnOnce(Result<&State, ReadError>) + Send + 'static,
+        look: impl FnOnce(&State) -> T + Send + 'static,
+        done: impl FnOnce(Result<T, ReadError>) + Send + 'static,
     ) {
         match consistency {
-            Consistency::Linearizable => self.node.read(call.deadline.0, look),
+            Consistency::Linearizable => self.node.read(call.deadline.0, look, done),
             Consistency::Local { min_revision } => {
-                self.node.read_local(min_revision, call.deadline.0, look);
+                self.node.read_local(min_revision, call.deadline.0, look, done);
             }
         }
     }
@@ -541,6 +547,16 @@ fn found(reply: QueryReply, key: SessionKey) -> Result<Found, Error> {
     let (handle, session) =
         reply.sessions.into_iter().next().ok_or_else(Error::session_not_found)?;
     Ok(Found { revision: reply.revision, namespace: key.namespace, handle, session })
+}
+
+/// Sessions may be a mebibyte each; a message may not hold a thousand such.
+fn fits_a_message(listed: &Listed) -> Result<(), Error> {
+    let bytes: u64 = listed.sessions.iter().map(|(_, session)| session.size_bytes()).sum();
+    let limit = REQUEST_BYTES_MAX as u64;
+    if bytes > limit {
+        return Err(Error::over_limit("sessions", "bytes of attributes", bytes, limit));
+    }
+    Ok(())
 }
 
 fn mint_id() -> Result<String, Error> {

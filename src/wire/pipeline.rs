@@ -1,12 +1,15 @@
 //! `quorate.v1.PipelineService`: every request over one stream.
 //!
 //! One task reads; each request goes straight into the service with a callback that puts the
-//! answer into the stream's outbox. The number of requests under way bounds the outbox: at the
-//! limit nothing more is read, and the client's sends are stopped by flow control.
+//! answer into the stream's outbox. A request is under way until its answer has left the outbox
+//! for the transport; at the limit nothing more is read, and the client's sends are stopped by flow
+//! control, so that a client that does not read its answers cannot make the node hold many.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use futures_util::StreamExt as _;
+use futures_util::stream::BoxStream;
 use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -43,11 +46,28 @@ impl Pipelines {
 
 type Outbox = mpsc::UnboundedSender<Result<v1::PipelineResponse, Status>>;
 
-/// How full one stream is.
+/// The way of answers into one stream.
 struct Flow {
     outbox: Outbox,
+    room: Arc<Room>,
+}
+
+/// How full one stream is.
+struct Room {
     under_way: AtomicUsize,
-    room: Notify,
+    made: Notify,
+}
+
+impl Room {
+    fn is_full(&self) -> bool {
+        self.under_way.load(Ordering::Acquire) >= PIPELINE_IN_FLIGHT_MAX
+    }
+
+    fn left(&self) {
+        if self.under_way.fetch_sub(1, Ordering::AcqRel) == PIPELINE_IN_FLIGHT_MAX {
+            self.made.notify_one();
+        }
+    }
 }
 
 impl Flow {
@@ -56,15 +76,12 @@ impl Flow {
         let response = Some(response);
         // A client that has gone away does not want the answer.
         let _ = self.outbox.send(Ok(v1::PipelineResponse { correlation_id, response }));
-        if self.under_way.fetch_sub(1, Ordering::AcqRel) == PIPELINE_IN_FLIGHT_MAX {
-            self.room.notify_one();
-        }
     }
 }
 
 #[tonic::async_trait]
 impl PipelineService for Pipelines {
-    type PipelineStream = UnboundedReceiverStream<Result<v1::PipelineResponse, Status>>;
+    type PipelineStream = BoxStream<'static, Result<v1::PipelineResponse, Status>>;
 
     async fn pipeline(
         &self,
@@ -76,9 +93,12 @@ impl PipelineService for Pipelines {
         let hello = v1::PipelineResponse { correlation_id: 0, response: hello };
         // The receiver is held right here.
         let _ = outbox.send(Ok(hello));
-        let flow = Arc::new(Flow { outbox, under_way: AtomicUsize::new(0), room: Notify::new() });
+        // The hello counts as well, as it leaves like an answer.
+        let room = Arc::new(Room { under_way: AtomicUsize::new(1), made: Notify::new() });
+        let flow = Arc::new(Flow { outbox, room: room.clone() });
         tokio::spawn(read(self.sessions.clone(), requests, flow, self.draining.clone()));
-        Ok(Response::new(UnboundedReceiverStream::new(outbound)))
+        let outbound = UnboundedReceiverStream::new(outbound).inspect(move |_| room.left());
+        Ok(Response::new(outbound.boxed()))
     }
 }
 
@@ -93,16 +113,14 @@ async fn read(
     let drained = draining.notified();
     let mut drained = std::pin::pin!(drained);
     loop {
-        while flow.under_way.load(Ordering::Acquire) >= PIPELINE_IN_FLIGHT_MAX {
-            flow.room.notified().await;
-        }
         let request = tokio::select! {
             biased;
-            request = requests.message() => request,
+            request = requests.message(), if !flow.room.is_full() => request,
+            () = flow.room.made.notified() => continue,
             () = &mut drained => return,
         };
         let Ok(Some(request)) = request else { return };
-        flow.under_way.fetch_add(1, Ordering::AcqRel);
+        flow.room.under_way.fetch_add(1, Ordering::AcqRel);
         dispatch(&sessions, request, flow.clone());
     }
 }
