@@ -4,6 +4,13 @@
 //! strings, so that both may speak of what code may not use. What is not seen: names that a macro
 //! makes up, and a forbidden crate under another name.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a test says what it sees and fails loudly"
+)]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
