@@ -22,8 +22,8 @@ use crate::client::NewMember;
 
 const LISTEN_DEFAULT: &str = "127.0.0.1:7400";
 const PEER_LISTEN_DEFAULT: &str = "127.0.0.1:7500";
-/// openraft tells at info what belongs into a debugger.
-const LOG_DEFAULT: &str = "info,openraft=warn";
+/// What openraft tells below that belongs into a debugger.
+const LOG_DEFAULT: &str = "info,openraft=error";
 const HEARTBEAT_INTERVAL_DEFAULT: Duration = Duration::from_millis(100);
 const ELECTION_TIMEOUT_DEFAULT: Duration = Duration::from_millis(500);
 /// Below this a heartbeat costs more than it tells.

@@ -73,6 +73,9 @@ struct Shared {
     index: Option<u64>,
     finished_at: Option<Duration>,
     disk_bytes: u64,
+    /// Whether Raft was asked for a snapshot that is not there yet. Raft forgets a request that
+    /// comes while one is being built, so none is made then.
+    asked: bool,
     /// The thread, until it is joined.
     thread: Option<JoinHandle<()>>,
 }
@@ -109,7 +112,7 @@ impl Checkpointer {
             finished_at: parts.index.map(|_| parts.clock.monotonic()),
             ..Shared::default()
         }));
-        let worker = Worker { parts, shared: shared.clone(), asked: false };
+        let worker = Worker { parts, shared: shared.clone() };
         let thread = std::thread::Builder::new()
             .name("checkpoint".into())
             .spawn(move || worker.run(&inbox))?;
@@ -159,8 +162,6 @@ impl Checkpointer {
 struct Worker {
     parts: CheckpointerParts,
     shared: Arc<Mutex<Shared>>,
-    /// Whether Raft was asked for a snapshot that it has not begun yet.
-    asked: bool,
 }
 
 impl Worker {
@@ -214,8 +215,7 @@ impl Worker {
         let behind = self.parts.wal.bytes_after(snapshot.unwrap_or(0));
         // The pages' two slots make the disk hold the state about twice.
         let due = behind > self.parts.policy.snapshot_log_bytes.max(disk_bytes);
-        if due && !self.asked {
-            self.asked = true;
+        if due && !std::mem::replace(&mut self.shared().asked, true) {
             (self.parts.snapshot_due)();
         }
     }
@@ -268,7 +268,6 @@ impl Worker {
         &mut self,
         done: oneshot::Sender<io::Result<SnapshotFile>>,
     ) -> Result<(), CheckpointError> {
-        self.asked = false;
         let applied = self.parts.core.last_applied().map(|log_id| log_id.index);
         let held = self.parts.store.root().map(|root| root.index);
         if held.is_none() || held < applied || self.parts.core.dirty_records() > 0 {
@@ -276,10 +275,12 @@ impl Worker {
         }
         let current = self.shared().snapshot.clone();
         let Some(frozen) = self.parts.store.freeze() else {
+            self.shared().asked = false;
             let _ = done.send(Err(io::Error::other("there is no checkpoint")));
             return Ok(());
         };
         if let Some(file) = current.filter(|file| file.index >= frozen.root().index) {
+            self.shared().asked = false;
             let _ = done.send(Ok(file));
             return Ok(());
         }
@@ -290,9 +291,10 @@ impl Worker {
             .spawn(move || {
                 let built = write_snapshot(&frozen, &directory);
                 drop(frozen);
+                let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                shared.asked = false;
                 match &built {
                     Ok(file) => {
-                        let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
                         let newer =
                             shared.snapshot.as_ref().is_none_or(|old| old.index < file.index);
                         if newer {
@@ -301,6 +303,7 @@ impl Worker {
                     }
                     Err(error) => halt.because(&format!("snapshot failed: {error}")),
                 }
+                drop(shared);
                 // Raft may have stopped waiting; the file counts all the same.
                 let _ = done.send(built);
             })

@@ -5,7 +5,10 @@
 //! and a new leader continues from there plus its own time since: neither a failover nor a step of
 //! a wall clock moves time back or makes it leap.
 //!
-//! - The estimate never decreases, whatever is observed and whoever leads.
+//! - A follower's estimate is what its leader said last, plus its own time since. It is set anew
+//!   with each message, up or down, so that the drift of its own oscillator, or a leader that
+//!   slews, never adds up to a leap at the next failover.
+//! - It never falls below the floor: the highest stamp found in the log or heard from any leader.
 //! - While leading, a node takes nobody's word: others only echo what it said, later.
 //! - Towards the wall clock time slews by at most one percent of the time that passes.
 //! - Time leaps only on a leader that is not `synced`: one that, since its start, has heard from
@@ -35,10 +38,11 @@ struct Inner {
     steady: u64,
     /// Local monotonic time at which those were true.
     at: Duration,
+    /// What the estimate never falls below; microseconds.
+    floor_time: u64,
+    floor_steady: u64,
     synced: bool,
     leading: bool,
-    /// Whether no time has ever been known: a cluster that is being formed.
-    timeless: bool,
     /// Microseconds that have passed while leading and have not been used for slewing yet.
     slewable: u64,
     /// Peers' wall clocks in milliseconds, and the local monotonic time at which each was heard.
@@ -49,13 +53,15 @@ impl ClusterClock {
     /// Starts from the highest stamp in the node's state and log.
     pub(crate) fn new(clock: Arc<dyn Clock>, highest: Stamp) -> Self {
         let at = clock.monotonic();
+        let (time, steady) = in_micros(highest);
         let inner = Inner {
-            time: highest.time.0.saturating_mul(1000),
-            steady: highest.steady.0.saturating_mul(1000),
+            time,
+            steady,
             at,
+            floor_time: time,
+            floor_steady: steady,
             synced: false,
             leading: false,
-            timeless: highest == Stamp::default(),
             slewable: 0,
             walls: BTreeMap::new(),
         };
@@ -101,10 +107,23 @@ impl ClusterClock {
         let mut inner = self.lock();
         self.run(&mut inner);
         inner.raise(stamp);
+        let (time, steady) = in_micros(stamp);
+        inner.floor_time = inner.floor_time.max(time);
+        inner.floor_steady = inner.floor_steady.max(steady);
     }
 
-    /// Takes note of what a peer said.
+    /// Takes note of what a peer said that does not lead, or not that we know: its estimate may
+    /// only raise ours.
     pub(crate) fn observe(&self, node: u64, heard: Option<&peer::Clock>) {
+        self.hear(node, heard, Inner::raise);
+    }
+
+    /// Takes note of what a leader said: its time is the cluster's.
+    pub(crate) fn follow(&self, node: u64, heard: Option<&peer::Clock>) {
+        self.hear(node, heard, Inner::follow);
+    }
+
+    fn hear(&self, node: u64, heard: Option<&peer::Clock>, take: impl FnOnce(&mut Inner, Stamp)) {
         let Some(heard) = heard else { return };
         let mut inner = self.lock();
         self.run(&mut inner);
@@ -113,7 +132,8 @@ impl ClusterClock {
         if inner.leading {
             return;
         }
-        inner.raise(Stamp { time: Timestamp(heard.time), steady: Timestamp(heard.steady) });
+        let stamp = Stamp { time: Timestamp(heard.time), steady: Timestamp(heard.steady) };
+        take(&mut inner, stamp);
         inner.synced |= heard.synced;
     }
 
@@ -155,10 +175,6 @@ impl ClusterClock {
         let median = walls[(walls.len() - 1) / 2].saturating_mul(1000);
         let leap = median.saturating_sub(inner.time);
         inner.time += leap;
-        if inner.timeless {
-            inner.timeless = false;
-            inner.steady = inner.time;
-        }
         (leap > 0).then(|| Duration::from_micros(leap))
     }
 
@@ -176,9 +192,17 @@ impl Inner {
     }
 
     fn raise(&mut self, stamp: Stamp) {
-        self.timeless &= stamp == Stamp::default();
-        self.time = self.time.max(stamp.time.0.saturating_mul(1000));
-        self.steady = self.steady.max(stamp.steady.0.saturating_mul(1000));
+        let (time, steady) = in_micros(stamp);
+        self.time = self.time.max(time);
+        self.steady = self.steady.max(steady);
+    }
+
+    fn follow(&mut self, stamp: Stamp) {
+        let (time, steady) = in_micros(stamp);
+        self.floor_time = self.floor_time.max(time);
+        self.floor_steady = self.floor_steady.max(steady);
+        self.time = self.floor_time;
+        self.steady = self.floor_steady;
     }
 
     /// Speeds up or slows down the `elapsed` microseconds just added, towards `wall`. Stamps can
@@ -199,6 +223,138 @@ impl Inner {
     }
 }
 
+fn in_micros(stamp: Stamp) -> (u64, u64) {
+    (stamp.time.0.saturating_mul(1000), stamp.steady.0.saturating_mul(1000))
+}
+
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A clock that a test moves by hand.
+    #[derive(Default)]
+    struct Manual(Mutex<(Duration, u64)>);
+
+    impl Manual {
+        fn starting_at(wall: u64) -> Arc<Self> {
+            Arc::new(Self(Mutex::new((Duration::from_secs(1), wall))))
+        }
+
+        /// Lets time pass, the wall clock's as well.
+        fn pass(&self, milliseconds: u64) {
+            let mut now = self.0.lock().unwrap();
+            now.0 += Duration::from_millis(milliseconds);
+            now.1 += milliseconds;
+        }
+
+        fn step_wall(&self, milliseconds: i64) {
+            let mut now = self.0.lock().unwrap();
+            now.1 = now.1.saturating_add_signed(milliseconds);
+        }
+    }
+
+    impl Clock for Manual {
+        fn monotonic(&self) -> Duration {
+            self.0.lock().unwrap().0
+        }
+
+        fn wall(&self) -> u64 {
+            self.0.lock().unwrap().1
+        }
+    }
+
+    const HOUR: u64 = 3_600_000;
+    const START: u64 = 1_000 * HOUR;
+
+    fn node(wall: u64, highest: u64) -> (Arc<Manual>, ClusterClock) {
+        let manual = Manual::starting_at(wall);
+        let highest = Stamp { time: Timestamp(highest), steady: Timestamp(highest) };
+        (manual.clone(), ClusterClock::new(manual, highest))
+    }
+
+    #[test]
+    fn a_new_cluster_takes_the_median_wall_clock() {
+        let (_, first) = node(START, 0);
+        let (_, second) = node(START + HOUR, 0);
+        let (_, third) = node(START + 5 * HOUR, 0);
+        assert!(!first.is_synced());
+        first.observe(2, Some(&second.announce()));
+        first.observe(3, Some(&third.announce()));
+        assert!(first.begin_leading(3).is_some());
+        assert_eq!(first.now().time, Timestamp(START + HOUR));
+        assert!(first.is_synced());
+    }
+
+    #[test]
+    fn a_failover_neither_goes_back_nor_leaps() {
+        let (leader_time, leader) = node(START, START);
+        leader.begin_leading(1);
+        let (follower_time, follower) = node(START, START);
+        // The leader's wall clock is far behind, so it slews as slowly as it may.
+        leader_time.step_wall(-(HOUR as i64));
+        for _ in 0..10_000 {
+            leader_time.pass(100);
+            follower_time.pass(100);
+            follower.follow(1, Some(&leader.announce()));
+        }
+        let before = leader.now();
+        follower.begin_leading(3);
+        let after = follower.now();
+        assert!(after.time >= before.time, "{after:?} {before:?}");
+        assert!(after.time.since(before.time) <= Duration::from_millis(2), "{after:?} {before:?}");
+        assert!(after.steady.since(before.steady) <= Duration::from_millis(2));
+    }
+
+    #[test]
+    fn time_runs_on_while_nobody_leads() {
+        let (_, leader) = node(START, START);
+        leader.begin_leading(1);
+        let (time, follower) = node(START, 0);
+        follower.follow(1, Some(&leader.announce()));
+        time.pass(700);
+        assert_eq!(follower.now().time, Timestamp(START + 700));
+    }
+
+    #[test]
+    fn a_step_of_the_wall_clock_is_slewed() {
+        let (time, leader) = node(START, START);
+        leader.begin_leading(1);
+        leader.now();
+        time.step_wall(HOUR as i64);
+        // Many short steps, as stamps are drawn.
+        let mut last = leader.now();
+        for _ in 0..100_000 {
+            time.pass(1);
+            let now = leader.now();
+            assert!(now.time >= last.time);
+            last = now;
+        }
+        let gained = last.time.since(Timestamp(START)).as_millis();
+        assert!((100_900..=101_001).contains(&gained), "{gained}");
+    }
+
+    #[test]
+    fn after_all_were_down_only_sessions_feel_the_gap() {
+        let (_, second) = node(START + HOUR, START);
+        let (_, first) = node(START + HOUR, START);
+        first.observe(2, Some(&second.announce()));
+        let leap = first.begin_leading(3);
+        assert_eq!(leap, Some(Duration::from_millis(HOUR)));
+        let now = first.now();
+        assert_eq!(now, Stamp { time: Timestamp(START + HOUR), steady: Timestamp(START) });
+    }
+
+    #[test]
+    fn who_heard_the_time_does_not_leap() {
+        let (_, old) = node(START, START);
+        old.begin_leading(1);
+        let (_, restarted) = node(START + HOUR, START - 5);
+        restarted.observe(1, Some(&old.announce()));
+        assert_eq!(restarted.begin_leading(3), None);
+        assert_eq!(restarted.now().time, Timestamp(START));
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use openraft::ServerState;
 use openraft::async_runtime::watch::WatchReceiver as _;
@@ -11,6 +12,9 @@ use tokio::sync::watch;
 use super::clock::ClusterClock;
 use super::types::{Member, Raft, TypeConfig};
 use crate::state::Stamp;
+
+/// A leap this long is the first one: from no time to ours.
+const FIRST_LEAP_MIN: Duration = Duration::from_secs(20 * 365 * 24 * 3600);
 
 /// Where commands go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,7 +98,11 @@ impl Leadership {
         if leads {
             let voters = membership.voter_ids().count();
             if let Some(leap) = self.clock.begin_leading(voters) {
-                tracing::info!(?leap, "nobody knew the time: it leaps to the voters' median");
+                if leap > FIRST_LEAP_MIN {
+                    tracing::info!("the cluster's time begins at the voters' median wall clock");
+                } else {
+                    tracing::info!(?leap, "all were down: time leaps to the voters' median");
+                }
             }
         } else {
             self.clock.end_leading();

@@ -123,14 +123,13 @@ impl LogStore {
             last: None,
         };
         shared.last = shared.purged;
-        if let Some(last) = recovered.last_index {
+        if let Some(last) = wal.last_index() {
             let record = read_one(&wal, last)?;
             shared.last = Some(record.log_id);
         }
         let durable = Arc::new(Durable::default());
-        if let Some(last) = recovered.last_index {
-            durable.advance(0, last + 1);
-        }
+        // A purge counts as well: it may be all that a log holds.
+        durable.advance(0, shared.last.map_or(0, |last| last.index + 1));
         Ok(Self { wal, durable, shared: Arc::new(Mutex::new(shared)) })
     }
 

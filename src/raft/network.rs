@@ -313,7 +313,8 @@ fn hold_commits<S>(
 where
     S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
 {
-    stream::unfold((input, flush), |(mut input, flush)| async move {
+    // Fused, because a stream that ends while a request is held is asked once more.
+    stream::unfold((input.fuse(), flush), |(mut input, flush)| async move {
         let mut request = input.next().await?;
         while request.entries.is_empty() {
             let timeout = tokio::time::sleep(COMMIT_HOLD);

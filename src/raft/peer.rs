@@ -36,6 +36,13 @@ pub(crate) struct PeerServer {
     pub(crate) node: Arc<Node>,
 }
 
+/// Who sends a message of its kind.
+#[derive(Clone, Copy)]
+enum Sender {
+    Leader,
+    Anybody,
+}
+
 type Reply<T> = Result<Response<T>, Status>;
 type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -45,14 +52,21 @@ fn invalid(error: impl std::fmt::Display) -> Status {
 
 impl PeerServer {
     /// The replica, if the message is meant for it and its sender is who the membership says.
-    fn meant(&self, header: Option<&peer::Header>) -> Result<Arc<Replica>, Status> {
+    fn meant(
+        &self,
+        header: Option<&peer::Header>,
+        sender: Sender,
+    ) -> Result<Arc<Replica>, Status> {
         let replica = self
             .node
             .replica()
             .ok_or_else(|| Status::unavailable("this node belongs to no cluster yet"))?;
         let header = header.ok_or_else(|| Status::invalid_argument("header is missing"))?;
         replica.check_header(header).map_err(Status::failed_precondition)?;
-        replica.clock.observe(header.from_node, header.clock.as_ref());
+        match sender {
+            Sender::Leader => replica.clock.follow(header.from_node, header.clock.as_ref()),
+            Sender::Anybody => replica.clock.observe(header.from_node, header.clock.as_ref()),
+        }
         Ok(replica)
     }
 }
@@ -88,7 +102,7 @@ impl PeerService for PeerServer {
 
     async fn vote(&self, request: Request<peer::VoteRequest>) -> Reply<peer::VoteResponse> {
         let request = request.into_inner();
-        let replica = self.meant(request.header.as_ref())?;
+        let replica = self.meant(request.header.as_ref(), Sender::Anybody)?;
         let mut rpc = VoteRequest::new(
             vote_in(request.vote).map_err(invalid)?,
             request.last_log_id.map(log_id_in),
@@ -114,7 +128,7 @@ impl PeerService for PeerServer {
         request: Request<peer::HeartbeatRequest>,
     ) -> Reply<peer::HeartbeatResponse> {
         let request = request.into_inner();
-        let replica = self.meant(request.header.as_ref())?;
+        let replica = self.meant(request.header.as_ref(), Sender::Leader)?;
         let prev_log_id: Option<LogId> = request.prev_log_id.map(log_id_in);
         let rpc = AppendEntriesRequest {
             vote: vote_in(request.vote).map_err(invalid)?,
@@ -152,7 +166,7 @@ impl PeerService for PeerServer {
             .message()
             .await?
             .ok_or_else(|| Status::invalid_argument("an append stream without a request"))?;
-        let replica = self.meant(first.header.as_ref())?;
+        let replica = self.meant(first.header.as_ref(), Sender::Leader)?;
         let from = first.header.as_ref().map_or(0, |header| header.from_node);
         let first = append_request(first)?;
         let clock = replica.clock.clone();
@@ -161,7 +175,7 @@ impl PeerService for PeerServer {
             let clock = clock.clone();
             async move {
                 let request = requests.message().await.ok()??;
-                clock.observe(from, request.clock.as_ref());
+                clock.follow(from, request.clock.as_ref());
                 Some((append_request(request).ok()?, requests))
             }
         });
@@ -182,7 +196,7 @@ impl PeerService for PeerServer {
             .message()
             .await?
             .ok_or_else(|| Status::invalid_argument("a snapshot without a header"))?;
-        let replica = self.meant(first.header.as_ref())?;
+        let replica = self.meant(first.header.as_ref(), Sender::Leader)?;
         let vote = vote_in(first.vote).map_err(invalid)?;
         let directory = replica.snapshots.clone();
         let (data, mut inbox) = mpsc::channel::<bytes::Bytes>(8);
@@ -229,7 +243,7 @@ impl PeerService for PeerServer {
             .message()
             .await?
             .ok_or_else(|| Status::invalid_argument("an exchange without a header"))?;
-        let replica = self.meant(first.header.as_ref())?;
+        let replica = self.meant(first.header.as_ref(), Sender::Anybody)?;
         let (answers, outbound) = mpsc::channel(ANSWERS_UNDER_WAY_MAX);
         tokio::spawn(async move {
             while let Ok(Some(question)) = questions.message().await {

@@ -43,7 +43,7 @@ impl Default for RaftTimeouts {
     fn default() -> Self {
         Self {
             heartbeat_interval: Duration::from_millis(100),
-            election_timeout: Duration::from_millis(400),
+            election_timeout: Duration::from_millis(500),
         }
     }
 }
@@ -94,6 +94,9 @@ fn raft_config(timeouts: RaftTimeouts) -> Result<Config, RecoveryError> {
         enable_pre_vote: Some(true),
         // A restarted leader has lost what it applied and not checkpointed.
         enable_leader_restore: Some(false),
+        // A follower whose last records were damaged on disk has lost what it acknowledged. It is
+        // no less of a voter for being sent them again, and no better for being left behind.
+        allow_log_reversion: Some(true),
         ..Config::default()
     };
     config.validate().map_err(RecoveryError::new)

@@ -38,7 +38,7 @@ impl Workshop {
     }
 
     fn prepare(&self, number: u32) -> Result<Segment, WalError> {
-        let bytes = FIRST_SEGMENT_BYTES.saturating_mul(1 << number.min(16)).min(self.segment_bytes);
+        let bytes = FIRST_SEGMENT_BYTES.saturating_mul(1 << number.saturating_sub(1).min(16)).min(self.segment_bytes);
         Segment::prepare(&*self.files, &self.directory, number, self.salt, bytes)
     }
 
