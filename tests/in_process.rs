@@ -1,18 +1,13 @@
 //! Three nodes in one process: the shortest way through every layer.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "a test says what it sees and fails loudly"
-)]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use quorate::client::{Client, Error, NewSession, ReadOptions, Update};
+use quorate::client::{Client, Error, NewSession, Update};
 use quorate::clock::SystemClock;
 use quorate::raft::{CheckpointPolicy, RaftTimeouts};
 use quorate::server::{Listeners, Server, ServerOptions};
@@ -68,7 +63,6 @@ async fn a_session_lives_and_ends() {
         assert_eq!(session.principal, "alice");
         assert_eq!(session.attributes.len(), 2);
     }
-    let _ = ReadOptions::default();
     sessions.delete(&created.id).await.unwrap();
     for endpoint in &endpoints {
         let client = Client::builder().endpoints([endpoint.clone()]).connect().await.unwrap();

@@ -122,7 +122,8 @@ impl Node {
     }
 
     /// Whether it can serve: it belongs to a cluster, knows a leader that a majority follows as far
-    /// as it can tell, and has applied everything that was committed when it last heard of a commit.
+    /// as it can tell, and has applied everything that was committed when it last heard of a
+    /// commit.
     pub fn is_ready(&self) -> bool {
         let Some(replica) = self.replica() else { return false };
         if self.halt.reason().is_some() || self.leader_id().is_none() {

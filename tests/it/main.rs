@@ -7,6 +7,7 @@
 //! only a hang exceeds. `cargo test --release --test it -- --ignored` runs the long variants.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
+#![expect(clippy::print_stdout, reason = "the harness keeps it for those who read of a failure")]
 #![cfg(all(unix, feature = "server"))]
 
 mod cli;

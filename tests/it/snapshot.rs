@@ -6,24 +6,34 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use quorate::client::{Client, NewSession, Update};
 use quorate::clock::SystemClock;
-use quorate::raft::{CheckpointPolicy, NodeStatus, RaftTimeouts};
+use quorate::proto::v1::StatusResponse;
+use quorate::raft::{CheckpointPolicy, RaftTimeouts};
 use quorate::server::{Listeners, Server, ServerError, ServerOptions};
 use tempfile::TempDir;
+use tokio::sync::oneshot;
 
 use crate::cluster::{eventually, reserve_port};
+use crate::direct::Direct;
 use crate::random::Random;
 
 const VALUE_BYTES: usize = 2_000;
 
-/// Three nodes in this process.
+/// Three nodes in this process, each on a runtime of its own, as `quorate dev` has them: when that
+/// ends, so does everything of the node.
 struct Local {
     directory: TempDir,
     options: BTreeMap<u64, ServerOptions>,
-    running: BTreeMap<u64, Server>,
+    running: BTreeMap<u64, Running>,
+}
+
+struct Running {
+    stop: oneshot::Sender<()>,
+    thread: JoinHandle<()>,
 }
 
 impl Local {
@@ -59,30 +69,64 @@ impl Local {
         local
     }
 
+    /// Starts a node, and returns when it runs or says why it does not.
     async fn run(&mut self, id: u64) -> Result<(), ServerError> {
         let options = self.options[&id].clone();
-        let listeners = Listeners::bind(options.listen, options.peer_listen).await?;
-        let server = Server::start(options, listeners, Arc::new(SystemClock)).await?;
-        self.running.insert(id, server);
-        Ok(())
+        let (stop, stopped) = oneshot::channel::<()>();
+        let (tell, told) = oneshot::channel();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.unwrap().block_on(async {
+                let started = async {
+                    let listeners = Listeners::bind(options.listen, options.peer_listen).await?;
+                    Server::start(options, listeners, Arc::new(SystemClock)).await
+                };
+                match started.await {
+                    Ok(server) => {
+                        // Whoever does not wait has dropped the sender as well.
+                        let _ = tell.send(Ok(()));
+                        let _ = stopped.await;
+                        server.stop().await;
+                    }
+                    Err(error) => drop(tell.send(Err(error))),
+                }
+            });
+        });
+        let started = told.await.unwrap();
+        self.running.insert(id, Running { stop, thread });
+        if started.is_err() {
+            self.stop(id).await;
+        }
+        started
     }
 
     async fn stop(&mut self, id: u64) {
-        self.running.remove(&id).unwrap().stop().await;
+        let Running { stop, thread } = self.running.remove(&id).unwrap();
+        drop(stop);
+        tokio::task::spawn_blocking(|| thread.join().unwrap()).await.unwrap();
+    }
+
+    fn direct(&self, id: u64) -> Direct {
+        Direct::new(&self.options[&id].listen.to_string())
     }
 
     async fn ready(&self) {
-        eventually("all nodes are ready", async || {
-            match self.running.values().find(|server| !server.node().is_ready()) {
-                None => Ok(()),
-                Some(server) => Err(format!("{:?}", server.node().status())),
-            }
-        })
-        .await;
+        for id in self.running.keys() {
+            let direct = self.direct(*id);
+            eventually(&format!("node {id} serves"), async || match direct.serving().await {
+                Ok(true) => Ok(()),
+                other => Err(format!("{other:?}")),
+            })
+            .await;
+        }
     }
 
-    fn status(&self, id: u64) -> NodeStatus {
-        self.running[&id].node().status()
+    async fn status(&self, id: u64) -> StatusResponse {
+        self.direct(id).status().await.unwrap()
+    }
+
+    async fn statuses(&self) -> Vec<StatusResponse> {
+        futures_util::future::join_all(self.running.keys().map(|id| self.status(*id))).await
     }
 
     fn data(&self, id: u64) -> PathBuf {
@@ -96,7 +140,7 @@ impl Local {
 
     async fn agree(&self) -> (u64, String) {
         eventually("all nodes are at one revision", async || {
-            let all: Vec<NodeStatus> = self.running.keys().map(|id| self.status(*id)).collect();
+            let all = self.statuses().await;
             let (revision, digest) = (all[0].revision, all[0].state_digest.clone());
             for status in &all {
                 assert!(
@@ -124,10 +168,10 @@ impl Local {
                 value.extend(number.to_string().bytes());
                 sessions.update(&created.id, Update::new().set("v", value)).await.unwrap();
             }
-            let others = self.running.keys().filter(|other| **other != id);
-            let purged: Vec<u64> = others.map(|other| self.status(*other).purged_index).collect();
-            let gone = purged.iter().all(|purged| *purged > last_log_index + 1);
-            if gone { Ok(()) } else { Err(format!("{purged:?}, {last_log_index} is wanted")) }
+            let mut statuses = self.statuses().await;
+            statuses.retain(|status| status.node_id != id);
+            let gone = statuses.iter().all(|status| status.purged_index > last_log_index + 1);
+            if gone { Ok(()) } else { Err(format!("{last_log_index} is there: {statuses:#?}")) }
         })
         .await;
     }
@@ -140,6 +184,16 @@ impl Local {
     }
 }
 
+impl Drop for Local {
+    fn drop(&mut self) {
+        for (_, Running { stop, thread }) in std::mem::take(&mut self.running) {
+            drop(stop);
+            // A node that panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_node_that_was_away_too_long_is_sent_a_snapshot() {
     let (mut random, _) = Random::for_test("snapshot");
@@ -148,7 +202,7 @@ async fn a_node_that_was_away_too_long_is_sent_a_snapshot() {
     let kept = sessions.create(NewSession::new().attribute("k", "kept")).await.unwrap();
     local.agree().await;
     let away = random.within(1..4);
-    let last = local.status(away).last_log_index;
+    let last = local.status(away).await.last_log_index;
     local.stop(away).await;
     local.outrun(away, last).await;
     let deleted = sessions.create(NewSession::new()).await.unwrap();
@@ -157,7 +211,7 @@ async fn a_node_that_was_away_too_long_is_sent_a_snapshot() {
     local.run(away).await.unwrap();
     local.ready().await;
     local.agree().await;
-    let status = local.status(away);
+    let status = local.status(away).await;
     assert!(status.snapshot_index > last, "it did not come by snapshot: {status:?}");
     let endpoint = local.options[&away].listen.to_string();
     let client = Client::builder().endpoints([endpoint]).build().unwrap().sessions();
@@ -170,10 +224,6 @@ async fn a_node_that_was_away_too_long_is_sent_a_snapshot() {
     local.run(away).await.unwrap();
     local.ready().await;
     assert_eq!(local.agree().await, agreed);
-    let ids: Vec<u64> = local.running.keys().copied().collect();
-    for id in ids {
-        local.stop(id).await;
-    }
 }
 
 #[tokio::test]
@@ -219,8 +269,4 @@ async fn a_snapshot_that_is_damaged_is_noticed_when_it_is_needed() {
     local.run(id).await.unwrap();
     local.ready().await;
     assert_eq!(local.agree().await, agreed);
-    let ids: Vec<u64> = local.running.keys().copied().collect();
-    for id in ids {
-        local.stop(id).await;
-    }
 }
