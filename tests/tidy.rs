@@ -290,7 +290,7 @@ fn layers_point_down() {
             for path in own_paths(code) {
                 let allowed =
                     |known: &&str| path == **known || path.starts_with(&format!("{known}::"));
-                if !known.iter().any(|known| allowed(known)) {
+                if !known.iter().any(allowed) {
                     let rule = format!("{layer} must not know of crate::{path}");
                     complaints.add(&source.path, number, rule);
                 }
