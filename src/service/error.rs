@@ -75,21 +75,12 @@ impl Error {
 
     /// There is no such session.
     pub fn session_not_found() -> Self {
-        Self::new(
-            ErrorKind::NotFound,
-            "SESSION_NOT_FOUND",
-            "session not found: it was never created, has expired, or was deleted",
-        )
+        Self::new(ErrorKind::NotFound, "SESSION_NOT_FOUND", "session not found")
     }
 
     fn not_initialized() -> Self {
-        Self::new(
-            ErrorKind::Unavailable,
-            "NOT_INITIALIZED",
-            "this node belongs to no cluster yet; start all nodes of --initial-cluster, or run \
-             `quorate cluster init`",
-        )
-        .retry_after(Duration::from_millis(500))
+        Self::new(ErrorKind::Unavailable, "NOT_INITIALIZED", "this node belongs to no cluster yet")
+            .retry_after(Duration::from_millis(500))
     }
 
     fn overloaded() -> Self {
@@ -127,12 +118,12 @@ impl Error {
             Rejection::SessionIdRetired => Self::new(
                 ErrorKind::AlreadyExists,
                 "SESSION_ID_RETIRED",
-                "a session with this id ended less than a minute ago; create it under a new id",
+                "a session with this id ended less than a minute ago",
             ),
             Rejection::VersionMismatch(found) => Self::new(
                 ErrorKind::FailedPrecondition,
                 "VERSION_MISMATCH",
-                format!("the session is at version {found}; read it again and repeat the change"),
+                format!("the session is at version {found}, which is not the one expected"),
             )
             .with("current_version", found),
             Rejection::RequestExpired => Self::new(
