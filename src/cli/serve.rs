@@ -424,7 +424,7 @@ mod tests {
         assert_eq!(options.heartbeat_interval, Duration::from_millis(100));
         assert_eq!(options.election_timeout, Duration::from_millis(500));
         assert!(options.initial_cluster.is_empty());
-        assert_eq!(options.log, "info");
+        assert_eq!(options.log, LOG_DEFAULT);
     }
 
     #[test]
