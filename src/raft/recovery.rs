@@ -76,7 +76,7 @@ pub(crate) fn recover(paths: &StoragePaths, has_log: bool) -> Result<Recovery, R
         Some(file) => match load_snapshot(&file) {
             Ok(state) => (Some(state), Some(file)),
             Err(error) if checkpoint.is_some() => {
-                tracing::error!(%error, "snapshot moved aside; the checkpoint and the log are usable");
+                tracing::error!(%error, "snapshot moved aside; checkpoint and log will do");
                 set_aside(&file.path)?;
                 snapshot = None;
                 (checkpoint, None)
