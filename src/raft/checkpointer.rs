@@ -46,7 +46,7 @@ pub struct CheckpointPolicy {
 impl Default for CheckpointPolicy {
     fn default() -> Self {
         Self {
-            log_bytes: 256 << 20,
+            log_bytes: 128 << 20,
             age: Duration::from_secs(30),
             log_bytes_max: 1 << 30,
             snapshot_log_bytes: 512 << 20,
