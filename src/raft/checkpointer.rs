@@ -28,6 +28,9 @@ use crate::storage::wal::Wal;
 /// How often the thread looks whether a checkpoint is due: the minimum pause between two.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
+/// The runs of a checkpoint hold records that later runs have outdated: about as many again.
+const OUTDATED_SHARE: u64 = 2;
+
 /// When checkpoints and snapshots are due, and how far they may lag.
 #[derive(Clone, Debug)]
 pub struct CheckpointPolicy {
@@ -39,7 +42,7 @@ pub struct CheckpointPolicy {
     /// Proposals are slowed while the log behind the last checkpoint has more bytes than this.
     pub log_bytes_max: u64,
     /// A snapshot is due when the log behind the last one has at least so many bytes, and more
-    /// than twice those of the state.
+    /// than the state.
     pub snapshot_log_bytes: u64,
 }
 
@@ -72,7 +75,8 @@ struct Shared {
     /// Log index of the newest finished checkpoint.
     index: Option<u64>,
     finished_at: Option<Duration>,
-    disk_bytes: u64,
+    /// About what a snapshot would hold.
+    state_bytes: u64,
     /// Whether Raft was asked for a snapshot that is not there yet. Raft forgets a request that
     /// comes while one is being built, so none is made then.
     asked: bool,
@@ -208,13 +212,12 @@ impl Worker {
     }
 
     fn ask_for_snapshot(&mut self) {
-        let (snapshot, disk_bytes) = {
+        let (snapshot, state_bytes) = {
             let shared = self.shared();
-            (shared.snapshot.as_ref().map(|file| file.index), shared.disk_bytes)
+            (shared.snapshot.as_ref().map(|file| file.index), shared.state_bytes)
         };
         let behind = self.parts.wal.bytes_after(snapshot.unwrap_or(0));
-        // The pages' two slots make the disk hold the state about twice.
-        let due = behind > self.parts.policy.snapshot_log_bytes.max(disk_bytes);
+        let due = behind > self.parts.policy.snapshot_log_bytes.max(state_bytes);
         if due && !std::mem::replace(&mut self.shared().asked, true) {
             (self.parts.snapshot_due)();
         }
@@ -249,7 +252,7 @@ impl Worker {
         let mut shared = self.shared();
         shared.index = Some(index);
         shared.finished_at = Some(now);
-        shared.disk_bytes = self.parts.store.disk_bytes();
+        shared.state_bytes = statistics.run_bytes / OUTDATED_SHARE;
         let took = now.saturating_sub(started);
         tracing::debug!(index, changes = count, ?took, ?statistics, "checkpoint");
         Ok(())
