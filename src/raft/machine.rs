@@ -174,11 +174,17 @@ impl Inner {
             )));
         }
         self.state.advance(entry.stamp);
-        let mut replies = Vec::with_capacity(if wanted { entry.proposals.len() } else { 0 });
-        for proposal in entry.proposals {
-            let reply = match state::decode_command(proposal.command) {
-                Ok(command) => self.state.apply(&command, proposal.resend, &mut self.changes),
-                Err(_) => self.state.reject_malformed(),
+        let commands: Vec<_> = entry
+            .proposals
+            .into_iter()
+            .map(|proposal| (state::decode_command(proposal.command).ok(), proposal.resend))
+            .collect();
+        self.state.fetch(commands.iter().filter_map(|(command, _)| command.as_ref()));
+        let mut replies = Vec::with_capacity(if wanted { commands.len() } else { 0 });
+        for (command, resend) in &commands {
+            let reply = match command {
+                Some(command) => self.state.apply(command, *resend, &mut self.changes),
+                None => self.state.reject_malformed(),
             };
             if wanted {
                 replies.push(reply);

@@ -148,6 +148,19 @@ pub enum Command {
     Tick,
 }
 
+impl Command {
+    /// The session that it is about.
+    pub fn key(&self) -> Option<&SessionKey> {
+        match self {
+            Self::CreateSession { key, .. }
+            | Self::UpdateSession { key, .. }
+            | Self::TouchSession { key, .. }
+            | Self::DeleteSession { key, .. } => Some(key),
+            Self::Tick => None,
+        }
+    }
+}
+
 /// A read, as the state machine sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Query {

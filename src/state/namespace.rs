@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
-use std::collections::btree_map;
 use std::ops::Bound;
 use std::sync::Arc;
 
 use super::command::Digest;
 use super::session::Session;
+use super::table::SessionTable;
 use super::time::{Timeout, Timestamp};
 use super::tombstone::Tombstone;
 use crate::limits::IDLE_TIMEOUT_DEFAULT;
@@ -27,38 +27,6 @@ impl Default for NamespacePolicy {
             idle_timeout: Timeout::After(IDLE_TIMEOUT_DEFAULT),
             absolute_timeout: Timeout::Never,
         }
-    }
-}
-
-/// The sessions of one namespace, ordered by digest.
-///
-/// A B-tree, as lists need an order that every node agrees on; hidden here so that it can become
-/// something denser.
-#[derive(Debug, Default)]
-pub(super) struct SessionTable {
-    sessions: BTreeMap<Digest, Arc<Session>>,
-}
-
-impl SessionTable {
-    pub(super) fn get(&self, digest: &Digest) -> Option<&Arc<Session>> {
-        self.sessions.get(digest)
-    }
-
-    fn insert(&mut self, digest: Digest, session: Arc<Session>) -> Option<Arc<Session>> {
-        self.sessions.insert(digest, session)
-    }
-
-    fn remove(&mut self, digest: &Digest) -> Option<Arc<Session>> {
-        self.sessions.remove(digest)
-    }
-
-    /// Those behind `after`, or all.
-    pub(super) fn range(
-        &self,
-        after: Option<Digest>,
-    ) -> btree_map::Range<'_, Digest, Arc<Session>> {
-        let start = after.map_or(Bound::Unbounded, Bound::Excluded);
-        self.sessions.range((start, Bound::Unbounded))
     }
 }
 
@@ -117,7 +85,7 @@ impl NamespaceRecords {
         };
         let principals = sessions.iter().filter_map(principal).collect();
         Some(Self {
-            sessions: SessionTable { sessions: sessions.into_iter().collect() },
+            sessions: SessionTable::build(sessions),
             tombstones: tombstones.into_iter().collect(),
             principals,
             session_deadlines,
@@ -126,7 +94,7 @@ impl NamespaceRecords {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.sessions.sessions.is_empty() && self.tombstones.is_empty()
+        self.sessions.is_empty() && self.tombstones.is_empty()
     }
 
     pub(super) fn tombstone(&self, digest: &Digest) -> Option<&Arc<Tombstone>> {
@@ -237,6 +205,7 @@ fn reindex(
 impl NamespaceRecords {
     /// Compares the indexes with a scan of the records.
     pub(super) fn check(&self) {
+        self.sessions.check();
         let deadline = |(digest, session): (&Digest, &Arc<Session>)| {
             session.deadline().map(|deadline| (deadline, *digest))
         };

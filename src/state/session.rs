@@ -194,6 +194,11 @@ impl Session {
     pub(super) fn hash(&self) -> u64 {
         self.hash
     }
+
+    /// Everything but version and deadline, packed.
+    pub(super) fn body(&self) -> &[u8] {
+        &self.body
+    }
 }
 
 /// Without the values of attributes, which are the users'.

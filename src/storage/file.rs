@@ -13,12 +13,55 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::ops::{Deref, DerefMut};
+use std::os::unix::fs::{FileExt, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 #[cfg(test)]
 pub(crate) mod faulty;
+
+/// Bytes of a block: what is written in whole blocks from a [`BlockBuffer`] can go to the disk
+/// past the page cache, which spares a copy of all that is written. The largest sector and page in
+/// common use.
+pub const BLOCK_BYTES: usize = 4096;
+
+/// Bytes that begin at a multiple of [`BLOCK_BYTES`] in memory, as direct I/O wants them. Keeps its
+/// allocation from use to use.
+#[derive(Debug, Default)]
+pub struct BlockBuffer {
+    memory: Vec<u8>,
+    start: usize,
+    length: usize,
+}
+
+impl BlockBuffer {
+    /// Makes it `length` bytes long. What is in there is not specified.
+    pub fn reset(&mut self, length: usize) {
+        if self.memory.len() < length + BLOCK_BYTES {
+            // Dropped first: nothing of it needs to be copied.
+            self.memory = Vec::new();
+            self.memory = vec![0; (length + BLOCK_BYTES).next_power_of_two()];
+            self.start = self.memory.as_ptr().align_offset(BLOCK_BYTES);
+        }
+        self.length = length;
+    }
+}
+
+impl Deref for BlockBuffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.memory[self.start..][..self.length]
+    }
+}
+
+impl DerefMut for BlockBuffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..][..self.length]
+    }
+}
 
 /// A file system, as far as storage needs one. Paths are used as given.
 pub trait Files: Send + Sync + 'static {
@@ -75,12 +118,14 @@ pub struct RealFiles;
 
 impl Files for RealFiles {
     fn open(&self, path: &Path) -> io::Result<Arc<dyn File>> {
-        Ok(Arc::new(fs::OpenOptions::new().read(true).write(true).open(path)?))
+        let file = fs::OpenOptions::new().read(true).write(true).open(path)?;
+        Ok(Arc::new(RealFile::new(file, path)))
     }
 
     fn create(&self, path: &Path) -> io::Result<Arc<dyn File>> {
         let mut options = fs::OpenOptions::new();
-        Ok(Arc::new(options.read(true).write(true).create(true).truncate(true).open(path)?))
+        let file = options.read(true).write(true).create(true).truncate(true).open(path)?;
+        Ok(Arc::new(RealFile::new(file, path)))
     }
 
     fn list(&self, directory: &Path) -> io::Result<Vec<String>> {
@@ -115,29 +160,63 @@ impl Files for RealFiles {
     }
 }
 
-impl File for fs::File {
+/// An open file of the operating system, with a second handle for whole blocks.
+struct RealFile {
+    buffered: fs::File,
+    /// `None` where the file system knows no direct I/O, as some that live in memory.
+    direct: Option<fs::File>,
+    /// Set once the file system has refused a direct write: it may want larger blocks than ours.
+    refused: AtomicBool,
+}
+
+impl RealFile {
+    fn new(buffered: fs::File, path: &Path) -> Self {
+        let mut options = fs::OpenOptions::new();
+        let direct = options.write(true).custom_flags(libc::O_DIRECT).open(path).ok();
+        Self { buffered, direct, refused: AtomicBool::new(false) }
+    }
+
+    /// The handle for a write of `bytes` at `offset`, if it may go past the page cache.
+    fn direct_for(&self, bytes: &[u8], offset: u64) -> Option<&fs::File> {
+        let fits = bytes.len().is_multiple_of(BLOCK_BYTES)
+            && offset.is_multiple_of(BLOCK_BYTES as u64)
+            && bytes.as_ptr().addr().is_multiple_of(BLOCK_BYTES)
+            && !self.refused.load(Ordering::Relaxed);
+        self.direct.as_ref().filter(|_| fits)
+    }
+}
+
+impl File for RealFile {
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        FileExt::write_all_at(self, bytes, offset)
+        if let Some(direct) = self.direct_for(bytes, offset) {
+            match direct.write_all_at(bytes, offset) {
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                    self.refused.store(true, Ordering::Relaxed);
+                }
+                written => return written,
+            }
+        }
+        self.buffered.write_all_at(bytes, offset)
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        FileExt::read_exact_at(self, buffer, offset)
+        self.buffered.read_exact_at(buffer, offset)
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.metadata()?.len())
+        Ok(self.buffered.metadata()?.len())
     }
 
     fn set_len(&self, length: u64) -> io::Result<()> {
-        fs::File::set_len(self, length)
+        self.buffered.set_len(length)
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        fs::File::sync_data(self)
+        self.buffered.sync_data()
     }
 
     fn sync_all(&self) -> io::Result<()> {
-        fs::File::sync_all(self)
+        self.buffered.sync_all()
     }
 }
 
@@ -192,6 +271,27 @@ pub fn parent(path: &Path) -> &Path {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn blocks_are_read_back_however_they_were_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = RealFiles.create(&directory.path().join("file")).unwrap();
+        let mut blocks = BlockBuffer::default();
+        for round in 1..4 {
+            blocks.reset(round * BLOCK_BYTES);
+            assert_eq!(blocks.as_ptr().addr() % BLOCK_BYTES, 0);
+            blocks.fill(round as u8);
+            // Once past the page cache, once through it, one over the end of the other.
+            file.write_all_at(&blocks, (round * BLOCK_BYTES) as u64).unwrap();
+            file.write_all_at(&[9; 10], (2 * round * BLOCK_BYTES - 5) as u64).unwrap();
+            file.sync_data().unwrap();
+            let mut read = vec![0; round * BLOCK_BYTES + 5];
+            file.read_exact_at(&mut read, (round * BLOCK_BYTES) as u64).unwrap();
+            let (first, last) = read.split_at(round * BLOCK_BYTES - 5);
+            assert!(first.iter().all(|byte| *byte == round as u8));
+            assert_eq!(last, [9; 10]);
+        }
+    }
 
     #[test]
     fn real_files_do_what_the_trait_says() {

@@ -17,8 +17,10 @@
 
 use bytes::Bytes;
 
-/// Batches begin at multiples of this, in bytes: the largest sector and page in common use.
-pub(super) const BLOCK_BYTES: usize = 4096;
+/// Batches begin at multiples of this, in bytes.
+pub(super) use crate::storage::file::BLOCK_BYTES;
+use crate::storage::file::BlockBuffer;
+
 /// Bytes of a batch's header.
 pub(super) const HEADER_BYTES: usize = 64;
 /// Bytes of one entry of a batch's table.
@@ -211,46 +213,50 @@ impl Header {
     }
 }
 
-/// Encodes a batch into `buffer`, which is emptied first, and pads it to a whole block. Returns
-/// the entries of its table.
+/// Encodes a batch into `buffer`, and pads it to a whole block. Returns the entries of its table.
 ///
 /// The caller keeps batches below 4 GiB and indexes below `u64::MAX`.
-pub(super) fn encode(place: Place, frames: &[Frame], buffer: &mut Vec<u8>) -> Vec<FrameEntry> {
-    buffer.clear();
-    let table_end = HEADER_BYTES + frames.len() * FRAME_BYTES;
-    buffer.resize(table_end, 0);
+pub(super) fn encode(place: Place, frames: &[Frame], buffer: &mut BlockBuffer) -> Vec<FrameEntry> {
+    let bytes = HEADER_BYTES + frames.iter().map(Frame::bytes).sum::<usize>();
+    assert!(u32::try_from(bytes).is_ok(), "a batch of {bytes} bytes");
+    buffer.reset(bytes.next_multiple_of(BLOCK_BYTES));
+    let (used, padding) = buffer.split_at_mut(bytes);
+    padding.fill(0);
+    let (header, rest) = used.split_at_mut(HEADER_BYTES);
+    let (table, data) = rest.split_at_mut(frames.len() * FRAME_BYTES);
+    let data_start = HEADER_BYTES + table.len();
     let mut entries = Vec::with_capacity(frames.len());
-    for (position, frame) in frames.iter().enumerate() {
+    let mut end = 0;
+    for (frame, slot) in frames.iter().zip(table.chunks_exact_mut(FRAME_BYTES)) {
         assert!(frame.index < NO_INDEX && frame.header.len() <= usize::from(u8::MAX));
-        let offset = buffer.len();
-        buffer.extend_from_slice(&frame.header);
-        buffer.extend_from_slice(&frame.payload);
+        let start = end;
+        for part in [&frame.header, &frame.payload] {
+            data[end..end + part.len()].copy_from_slice(part);
+            end += part.len();
+        }
         let entry = FrameEntry {
             kind: frame.kind,
             index: frame.index,
             header_bytes: frame.header.len() as u8,
-            bytes: (buffer.len() - offset) as u32,
-            checksum: crc32fast::hash(&buffer[offset..]),
-            offset: offset as u32,
+            bytes: (end - start) as u32,
+            checksum: crc32fast::hash(&data[start..end]),
+            offset: (data_start + start) as u32,
         };
-        let slot = &mut buffer[HEADER_BYTES + position * FRAME_BYTES..][..FRAME_BYTES];
         slot[0] = entry.kind as u8;
         slot[1] = entry.header_bytes;
+        slot[2..4].fill(0);
         slot[4..8].copy_from_slice(&entry.bytes.to_le_bytes());
         slot[8..16].copy_from_slice(&entry.index.to_le_bytes());
         slot[16..20].copy_from_slice(&entry.checksum.to_le_bytes());
         entries.push(entry);
     }
-    let data_bytes = buffer.len() - table_end;
-    assert!(u32::try_from(buffer.len()).is_ok(), "a batch of {} bytes", buffer.len());
-    let header = Header {
+    let sound = Header {
         place,
         frames: frames.len() as u32,
-        data_bytes: data_bytes as u32,
-        table_checksum: crc32fast::hash(&buffer[HEADER_BYTES..table_end]),
+        data_bytes: end as u32,
+        table_checksum: crc32fast::hash(table),
     };
-    header.encode(buffer);
-    buffer.resize(buffer.len().next_multiple_of(BLOCK_BYTES), 0);
+    sound.encode(header);
     entries
 }
 

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::batch::{BLOCK_BYTES, u32_at, u64_at};
 use super::{SEGMENT_BYTES_MAX, WalError, io_error};
-use crate::storage::file::{File, Files};
+use crate::storage::file::{BlockBuffer, File, Files};
 
 const MAGIC: [u8; 8] = *b"quorwal\0";
 const VERSION: u16 = 1;
@@ -49,7 +49,9 @@ impl Segment {
         let unfinished = directory.join(format!("{number:010}{UNFINISHED_SUFFIX}"));
         let write = || -> io::Result<Arc<dyn File>> {
             let file = files.create(&unfinished)?;
-            let mut piece = vec![0; ZERO_PIECE_BYTES.min(length as usize)];
+            let mut piece = BlockBuffer::default();
+            piece.reset(ZERO_PIECE_BYTES.min(length as usize));
+            piece.fill(0);
             encode_header(number, salt, length, &mut piece);
             let mut offset = 0;
             while offset < length {

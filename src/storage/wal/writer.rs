@@ -10,6 +10,7 @@ use super::segment::{FIRST_BATCH, Segment};
 use super::supply::Supply;
 use super::words::Words;
 use super::{Completion, Operation, Shared, State, WalError, io_error};
+use crate::storage::file::BlockBuffer;
 
 /// A segment that has been written to, or is about to be.
 pub(super) struct Span {
@@ -40,7 +41,7 @@ pub(super) struct Writer {
     /// Taken from the queue, not yet written in full.
     pending: VecDeque<Operation>,
     /// Reused from batch to batch, and never larger than one.
-    buffer: Vec<u8>,
+    buffer: BlockBuffer,
     /// True if the last batch on disk marks a close, or there is none at all.
     sealed: bool,
 }
@@ -73,7 +74,7 @@ impl Writer {
             words,
             room,
             pending: VecDeque::new(),
-            buffer: Vec::new(),
+            buffer: BlockBuffer::default(),
             sealed: start.sequence == 1,
         }
     }

@@ -3,6 +3,7 @@
 use super::super::batch::{self, Frame, Kind, Place};
 use super::super::segment::Segment;
 use super::*;
+use crate::storage::file::BlockBuffer;
 
 fn hex(bytes: &[u8]) -> String {
     let lines = bytes.chunks(16).map(|line| {
@@ -30,7 +31,7 @@ fn example() -> (Place, Vec<Frame>) {
 #[test]
 fn a_batch_has_these_bytes() {
     let (place, frames) = example();
-    let mut buffer = Vec::new();
+    let mut buffer = BlockBuffer::default();
     let entries = batch::encode(place, &frames, &mut buffer);
     assert_eq!(buffer.len(), BLOCK_BYTES);
     let used = HEADER_BYTES + 5 * batch::FRAME_BYTES + 14;
@@ -83,7 +84,7 @@ const GOLDEN_SEGMENT: &str = "\
 #[test]
 fn no_flipped_bit_of_a_batch_goes_unnoticed() {
     let (place, frames) = example();
-    let mut buffer = Vec::new();
+    let mut buffer = BlockBuffer::default();
     batch::encode(place, &frames, &mut buffer);
     let used = Header::decode(&buffer).unwrap().bytes() as usize;
     for offset in 0..used {
@@ -99,12 +100,12 @@ fn no_flipped_bit_of_a_batch_goes_unnoticed() {
 #[test]
 fn a_batch_that_lies_with_right_checksums_is_an_error_and_no_panic() {
     let (place, frames) = example();
-    let mut sound = Vec::new();
+    let mut sound = BlockBuffer::default();
     batch::encode(place, &frames, &mut sound);
     // Any value in any field, under checksums that fit.
     let mut random = Random(17);
     for _ in 0..20_000 {
-        let mut buffer = sound.clone();
+        let mut buffer = sound.to_vec();
         let offset = random.below(HEADER_BYTES as u64 + 5 * 20) as usize;
         buffer[offset] = random.next() as u8;
         let table = crc32fast::hash(&buffer[HEADER_BYTES..][..5 * 20]);
