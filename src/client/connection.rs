@@ -10,11 +10,10 @@ use tonic::{Request as Call, Status};
 
 use super::error::{Error, Failure, transport_message};
 use super::pipeline::Pipeline;
-use super::{RESPONSE_BYTES_MAX, Transport};
+use super::{Transport, unary};
 use crate::proto::v1::cluster_service_client::ClusterServiceClient;
 use crate::proto::v1::pipeline_request::Request;
 use crate::proto::v1::pipeline_response::Response;
-use crate::proto::v1::session_service_client::SessionServiceClient;
 use crate::proto::v1::{DescribeRequest, DescribeResponse};
 
 /// HTTP/2 windows: a stream of answers never waits for the client's permission to go on.
@@ -83,7 +82,7 @@ impl Connection {
     ) -> Result<Response, Failure> {
         match &self.pipeline {
             Some(pipeline) => pipeline.call(request, now, timeout).await,
-            None => self.call_unary(&request, timeout).await,
+            None => self.call_unary(request, timeout).await,
         }
     }
 
@@ -107,45 +106,15 @@ impl Connection {
         }
     }
 
-    async fn call_unary(&self, request: &Request, timeout: Duration) -> Result<Response, Failure> {
-        let mut client = SessionServiceClient::new(self.channel.clone())
-            .max_decoding_message_size(RESPONSE_BYTES_MAX);
-        let calling = async {
-            Ok(match request {
-                Request::CreateSession(request) => {
-                    let call = timed(request.clone(), timeout);
-                    Response::CreateSession(client.create_session(call).await?.into_inner())
-                }
-                Request::GetSession(request) => {
-                    let call = timed(request.clone(), timeout);
-                    Response::GetSession(client.get_session(call).await?.into_inner())
-                }
-                Request::BatchGetSessions(request) => {
-                    let call = timed(request.clone(), timeout);
-                    Response::BatchGetSessions(client.batch_get_sessions(call).await?.into_inner())
-                }
-                Request::UpdateSession(request) => {
-                    let call = timed(request.clone(), timeout);
-                    Response::UpdateSession(client.update_session(call).await?.into_inner())
-                }
-                Request::TouchSession(request) => {
-                    let call = timed(request.clone(), timeout);
-                    Response::TouchSession(client.touch_session(call).await?.into_inner())
-                }
-                Request::DeleteSession(request) => {
-                    let call = timed(request.clone(), timeout);
-                    Response::DeleteSession(client.delete_session(call).await?.into_inner())
-                }
-                Request::ListSessions(request) => {
-                    let call = timed(request.clone(), timeout);
-                    Response::ListSessions(client.list_sessions(call).await?.into_inner())
-                }
-            })
-        };
+    async fn call_unary(
+        &self,
+        request: Arc<Request>,
+        timeout: Duration,
+    ) -> Result<Response, Failure> {
+        let calling = unary::call(self.channel.clone(), request, timeout);
         match tokio::time::timeout(timeout, calling).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(status)) => {
-                let status: Status = status;
                 if std::error::Error::source(&status).is_some() {
                     self.lost.store(true, Ordering::Relaxed);
                 }

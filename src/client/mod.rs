@@ -57,6 +57,7 @@ mod session;
 #[cfg(feature = "server")]
 mod tests;
 mod time;
+mod unary;
 
 use std::fmt;
 use std::sync::Arc;

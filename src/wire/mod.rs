@@ -2,6 +2,7 @@
 
 mod cluster;
 mod convert;
+mod front;
 mod pipeline;
 mod session;
 mod status;
@@ -53,18 +54,17 @@ pub async fn serve(
         shutdown.await;
         draining.notify_waiters();
     };
+    let session_server = SessionServiceServer::new(session::SessionServer { sessions })
+        .max_decoding_message_size(REQUEST_BYTES_MAX);
     let served = tonic::transport::Server::builder()
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(16 << 20)
         .max_concurrent_streams(4096)
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
+        .layer(front::Front { sessions: session_server })
         .add_service(health_service)
         .add_service(reflection)
-        .add_service(
-            SessionServiceServer::new(session::SessionServer { sessions })
-                .max_decoding_message_size(REQUEST_BYTES_MAX),
-        )
         .add_service(ClusterServiceServer::new(cluster::ClusterServer { cluster }))
         .add_service(
             PipelineServiceServer::new(pipelines).max_decoding_message_size(REQUEST_BYTES_MAX),
