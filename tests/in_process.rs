@@ -11,6 +11,7 @@ use quorate::client::{Client, Error, NewSession, Update};
 use quorate::clock::SystemClock;
 use quorate::raft::{CheckpointPolicy, RaftTimeouts};
 use quorate::server::{Listeners, Server, ServerOptions};
+use quorate::storage::directory::DataDirectory;
 
 const ANY_PORT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
@@ -69,7 +70,10 @@ async fn a_session_lives_and_ends() {
         let gone = client.sessions().get(&created.id).await;
         assert!(matches!(gone, Err(Error::NotFound { .. })), "{gone:?}");
     }
-    for server in servers {
+    for (server, id) in servers.into_iter().zip(1..) {
         server.stop().await;
+        // While others still hold their connections to it.
+        let path = directory.path().join(format!("node-{id}"));
+        DataDirectory::open(&path, 1).unwrap();
     }
 }

@@ -116,7 +116,8 @@ pub struct Node {
     pub(super) options: NodeOptions,
     pub(super) incarnation: u64,
     pub(super) halt: Halt,
-    directory: Mutex<DataDirectory>,
+    /// `None` once the node has stopped.
+    directory: Mutex<Option<DataDirectory>>,
     founding: Mutex<Option<Founding>>,
     replica: OnceLock<Arc<Replica>>,
     starting: tokio::sync::Mutex<()>,
@@ -152,7 +153,7 @@ impl Node {
         let node = Arc::new(Self {
             incarnation,
             halt: Halt::new(),
-            directory: Mutex::new(directory),
+            directory: Mutex::new(Some(directory)),
             founding: Mutex::new(founding.clone()),
             replica: OnceLock::new(),
             starting: tokio::sync::Mutex::new(()),
@@ -222,6 +223,7 @@ impl Node {
 
     fn save(&self, founding: &Founding) -> Result<(), DirectoryError> {
         let mut directory = self.directory.lock().unwrap_or_else(PoisonError::into_inner);
+        let directory = directory.as_mut().ok_or(DirectoryError::Released)?;
         directory.save_identity(Identity::Member {
             cluster_id: founding.cluster_id,
             node_id: self.options.node_id,
@@ -241,6 +243,8 @@ impl Node {
             .ok_or_else(|| RecoveryError::new("this node belongs to no cluster yet"))?;
         let paths = {
             let directory = self.directory.lock().unwrap_or_else(PoisonError::into_inner);
+            let directory =
+                directory.as_ref().ok_or_else(|| RecoveryError::new(DirectoryError::Released))?;
             StoragePaths {
                 wal: directory.wal_path(),
                 checkpoint: directory.sled_path(),
@@ -444,6 +448,8 @@ impl Node {
         if let Some(replica) = replica {
             replica.stop().await;
         }
+        // Connections of peers may keep this node in memory for a while, but not its directory.
+        *self.directory.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::convert::{Boundary, boundary_decode, record_in};
-use super::machine::load_snapshot;
+use super::machine::{load_snapshot, load_snapshot_header};
 use crate::state::{Restore, State};
 use crate::storage::checkpoint::{
     self, CheckpointError, CheckpointOptions, CheckpointStore, OpenError,
@@ -71,6 +71,12 @@ pub(crate) fn recover(paths: &StoragePaths, has_log: bool) -> Result<Recovery, R
     let mut snapshot = snapshot::newest(&paths.snapshots).map_err(because)?;
     let checkpoint_index = checkpoint.as_ref().map(|(boundary, _)| boundary.index());
     let newer = snapshot.clone().filter(|file| Some(file.index) > checkpoint_index);
+    // Nothing else reads an older one before a node that is far behind wants it.
+    if let Some(file) = snapshot.take_if(|_| newer.is_none())
+        && is_readable(&file)?
+    {
+        snapshot = Some(file);
+    }
     let (state, replace_with) = match newer {
         None => (checkpoint, None),
         Some(file) => match load_snapshot(&file) {
@@ -131,6 +137,14 @@ fn drop_conflicting_tail(wal: &Wal, boundary: &Boundary) -> Result<(), RecoveryE
 
 fn holds_anything(directory: &Path) -> bool {
     std::fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_some())
+}
+
+/// Whether a snapshot that the checkpoint has outrun says what it is; otherwise it is moved aside.
+fn is_readable(file: &SnapshotFile) -> Result<bool, RecoveryError> {
+    let Err(error) = load_snapshot_header(file) else { return Ok(true) };
+    tracing::error!(%error, "snapshot moved aside; the checkpoint is newer");
+    set_aside(&file.path)?;
+    Ok(false)
 }
 
 fn set_aside(file: &Path) -> Result<(), RecoveryError> {

@@ -69,6 +69,9 @@ pub enum DirectoryError {
         /// What the file system said.
         source: io::Error,
     },
+    /// The node that worked in it has stopped.
+    #[error("the node has stopped")]
+    Released,
 }
 
 /// Whose directory it is.

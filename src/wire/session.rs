@@ -35,9 +35,15 @@ pub(super) fn timeout_of<T>(request: &Request<T>) -> Option<Duration> {
     })
 }
 
+/// How much earlier than at the caller's own deadline an answer is due: later it would meet a
+/// caller, or a transport on the way, that has given up without hearing the reason.
+const ANSWER_MARGIN_MAX: Duration = Duration::from_millis(50);
+
 impl SessionServer {
     fn call<T>(&self, request: &Request<T>) -> Call {
-        Call::within(self.sessions.node(), Caller, timeout_of(request))
+        let timeout = timeout_of(request);
+        let timeout = timeout.map(|timeout| timeout - (timeout / 4).min(ANSWER_MARGIN_MAX));
+        Call::within(self.sessions.node(), Caller, timeout)
     }
 }
 

@@ -235,7 +235,7 @@ async fn a_snapshot_that_is_damaged_is_noticed_when_it_is_needed() {
     local.outrun(0, 1_200).await;
     let agreed = local.agree().await;
 
-    // As long as the checkpoint is whole, the node can do without; it may refuse all the same.
+    // As long as the checkpoint is whole, nobody misses the snapshot, whichever bit is wrong.
     local.stop(id).await;
     let snapshot = local.newest_snapshot(id);
     let whole = std::fs::read(&snapshot).unwrap();
@@ -243,21 +243,13 @@ async fn a_snapshot_that_is_damaged_is_noticed_when_it_is_needed() {
     let at = usize::try_from(random.within(0..whole.len() as u64)).unwrap();
     damaged[at] ^= 0x10;
     std::fs::write(&snapshot, &damaged).unwrap();
-    if let Err(error) = local.run(id).await {
-        let message = error.to_string();
-        let name = snapshot.file_name().unwrap().to_str().unwrap();
-        assert!(message.contains(name) && message.contains("at byte"), "{message}");
-        std::fs::write(&snapshot, &whole).unwrap();
-        local.run(id).await.unwrap();
-    }
+    local.run(id).await.unwrap();
     local.ready().await;
     assert_eq!(local.agree().await, agreed);
 
     // Without the checkpoint it is all there is; and the log before it is gone.
     local.stop(id).await;
-    if local.newest_snapshot(id) == snapshot {
-        std::fs::write(&snapshot, &whole).unwrap();
-    }
+    std::fs::write(&snapshot, &whole).unwrap();
     let snapshot = local.newest_snapshot(id);
     let whole = std::fs::read(&snapshot).unwrap();
     let mut damaged = whole.clone();
