@@ -218,7 +218,8 @@ impl Failure {
         let named = |name: &str| metadata.get(name).cloned();
         let owned = reason.to_owned();
         match (code, reason) {
-            (_, "OUTCOME_UNKNOWN") => Self::Final(Error::OutcomeUnknown { message }),
+            // The state machine's own verdict: no resend will learn more.
+            (Code::Aborted, "OUTCOME_UNKNOWN") => Self::Final(Error::OutcomeUnknown { message }),
             (_, "REQUEST_EXPIRED") => Self::Final(Error::DeadlineExceeded { message }),
             (_, "VERSION_MISMATCH") => Self::Final(Error::VersionMismatch {
                 current: metadata.get("current_version").and_then(|v| v.parse().ok()),

@@ -107,8 +107,8 @@ impl Client {
         match &result {
             Err(Failure::NotApplied { elsewhere: true, .. }) => self.pool.complain(&connection),
             Err(Failure::Unknown(_)) if connection.is_closed() => self.pool.lost(&connection),
-            Err(Failure::Unknown(Error::Unavailable { .. })) => self.pool.complain(&connection),
-            // Among them a pipeline that lives on after an unanswered request: it is only slow.
+            // Perhaps it is cut off from the others, or only slow: the next one may know more.
+            Err(Failure::Unknown(_)) => self.pool.complain(&connection),
             _ => {}
         }
         result

@@ -21,9 +21,13 @@ use super::types::{
     CommittedLeaderId, LogId, Member, PackReply, SnapshotMeta, StoredMembership, TypeConfig,
 };
 use crate::state::{self, Change, Record, RecordKey, Reply, Restore, Revision, State};
-use crate::storage::snapshot::{SnapshotFile, SnapshotReader};
+use crate::storage::snapshot::{SnapshotError, SnapshotFile, SnapshotReader};
 
 type Snapshot = openraft::storage::Snapshot<CommittedLeaderId, u64, Member, SnapshotFile>;
+
+/// Commands whose records are fetched at once: enough to hide the waiting for memory, and few enough
+/// that what was fetched first is still in the cache when it is needed.
+const COMMANDS_FETCHED_MAX: usize = 128;
 
 /// How far the state machine is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -179,15 +183,17 @@ impl Inner {
             .into_iter()
             .map(|proposal| (state::decode_command(proposal.command).ok(), proposal.resend))
             .collect();
-        self.state.fetch(commands.iter().filter_map(|(command, _)| command.as_ref()));
         let mut replies = Vec::with_capacity(if wanted { commands.len() } else { 0 });
-        for (command, resend) in &commands {
-            let reply = match command {
-                Some(command) => self.state.apply(command, *resend, &mut self.changes),
-                None => self.state.reject_malformed(),
-            };
-            if wanted {
-                replies.push(reply);
+        for group in commands.chunks(COMMANDS_FETCHED_MAX) {
+            self.state.fetch(group.iter().filter_map(|(command, _)| command.as_ref()));
+            for (command, resend) in group {
+                let reply = match command {
+                    Some(command) => self.state.apply(command, *resend, &mut self.changes),
+                    None => self.state.reject_malformed(),
+                };
+                if wanted {
+                    replies.push(reply);
+                }
             }
         }
         let traced = tracing::enabled!(target: "quorate::changes", tracing::Level::DEBUG);
@@ -253,10 +259,17 @@ pub(crate) fn load_snapshot(file: &SnapshotFile) -> io::Result<(Boundary, State)
     Ok((boundary, state))
 }
 
-/// Reads what a snapshot file says of itself.
+/// Reads what a snapshot file says of itself. `InvalidData` if it is damaged.
 pub(crate) fn load_snapshot_header(file: &SnapshotFile) -> io::Result<Boundary> {
-    let reader = SnapshotReader::open(&file.path).map_err(io::Error::other)?;
-    boundary_decode(reader.header()).map_err(io::Error::other)
+    let invalid = |error: SnapshotError| io::Error::new(io::ErrorKind::InvalidData, error);
+    let reader = match SnapshotReader::open(&file.path) {
+        Err(error @ SnapshotError::Corrupt { .. }) => return Err(invalid(error)),
+        opened => opened.map_err(io::Error::other)?,
+    };
+    boundary_decode(reader.header()).map_err(|error| {
+        let message = format!("snapshot {}: {error}", file.path.display());
+        io::Error::new(io::ErrorKind::InvalidData, message)
+    })
 }
 
 /// The metadata of a snapshot file, from its header.

@@ -444,6 +444,8 @@ impl Node {
         // Until they have ended, the peers' port is in use, and peers would be answered by a
         // replica that has stopped.
         tasks.shutdown().await;
+        // A replica that is being started is waited for, or it would outlive this.
+        let _starting = self.starting.lock().await;
         let replica = self.replica.get().cloned();
         if let Some(replica) = replica {
             replica.stop().await;

@@ -141,7 +141,11 @@ fn holds_anything(directory: &Path) -> bool {
 
 /// Whether a snapshot that the checkpoint has outrun says what it is; otherwise it is moved aside.
 fn is_readable(file: &SnapshotFile) -> Result<bool, RecoveryError> {
-    let Err(error) = load_snapshot_header(file) else { return Ok(true) };
+    let error = match load_snapshot_header(file) {
+        Ok(_) => return Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::InvalidData => error,
+        Err(error) => return Err(because(error)),
+    };
     tracing::error!(%error, "snapshot moved aside; the checkpoint is newer");
     set_aside(&file.path)?;
     Ok(false)

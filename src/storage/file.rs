@@ -14,7 +14,7 @@
 use std::fs;
 use std::io;
 use std::ops::{Deref, DerefMut};
-use std::os::unix::fs::{FileExt, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -161,6 +161,11 @@ impl Files for RealFiles {
 }
 
 /// An open file of the operating system, with a second handle for whole blocks.
+///
+/// Linux warns of mixing direct and buffered I/O on one file. It is sound here: a direct write
+/// drops what the page cache held of its range, before and after, and where it cannot, the next
+/// sync fails; a sync is of the file, not of the handle; and what is read while it is being written
+/// is checked against a checksum by whoever reads.
 struct RealFile {
     buffered: fs::File,
     /// `None` where the file system knows no direct I/O, as some that live in memory.
@@ -173,6 +178,12 @@ impl RealFile {
     fn new(buffered: fs::File, path: &Path) -> Self {
         let mut options = fs::OpenOptions::new();
         let direct = options.write(true).custom_flags(libc::O_DIRECT).open(path).ok();
+        // Opened by name a second time: what is written through one must be synced by the other.
+        let same = |file: &fs::File| {
+            let (a, b) = (file.metadata().ok()?, buffered.metadata().ok()?);
+            Some((a.dev(), a.ino()) == (b.dev(), b.ino()))
+        };
+        let direct = direct.filter(|direct| same(direct) == Some(true));
         Self { buffered, direct, refused: AtomicBool::new(false) }
     }
 
@@ -186,12 +197,19 @@ impl RealFile {
     }
 }
 
+/// Whether a direct write failed because it was one.
+fn is_refusal(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported)
+}
+
 impl File for RealFile {
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         if let Some(direct) = self.direct_for(bytes, offset) {
             match direct.write_all_at(bytes, offset) {
-                Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                // What was written of it before the refusal is written again.
+                Err(error) if is_refusal(&error) => {
                     self.refused.store(true, Ordering::Relaxed);
+                    tracing::info!(%error, "no direct I/O on this file system; writes are buffered");
                 }
                 written => return written,
             }

@@ -40,7 +40,7 @@ pub(super) struct Writer {
     room: usize,
     /// Taken from the queue, not yet written in full.
     pending: VecDeque<Operation>,
-    /// Reused from batch to batch, and never larger than one.
+    /// Reused from batch to batch, and at most twice as large as one.
     buffer: BlockBuffer,
     /// True if the last batch on disk marks a close, or there is none at all.
     sealed: bool,
