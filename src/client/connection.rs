@@ -140,6 +140,7 @@ impl Connection {
                     let call = timed(request.clone(), timeout);
                     Response::ListSessions(client.list_sessions(call).await?.into_inner())
                 }
+                _ => return Err(Status::unimplemented("calls of their own are for sessions only")),
             })
         };
         match tokio::time::timeout(timeout, calling).await {
