@@ -7,6 +7,9 @@ use prost::Message as _;
 
 const PROTOS: &[&str] = &[
     "quorate/v1/session.proto",
+    "quorate/v1/lease.proto",
+    "quorate/v1/lock.proto",
+    "quorate/v1/ring.proto",
     "quorate/v1/cluster.proto",
     "quorate/v1/pipeline.proto",
     "quorate/peer/v1/peer.proto",

@@ -102,6 +102,10 @@ pub mod proto;
 #[cfg(feature = "client")]
 pub mod clock;
 
+// Which member of a ring serves a key.
+#[cfg(feature = "client")]
+pub mod placement;
+
 // The core: the session store as a pure, deterministic state machine.
 #[cfg(feature = "server")]
 pub mod state;

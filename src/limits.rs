@@ -44,6 +44,11 @@ pub const TOMBSTONE_LIFETIME: Duration = Duration::from_secs(60);
 /// Most expired records that one Tick removes, so that none holds up the writes behind it.
 pub const EXPIRE_BATCH_MAX: usize = 1_000;
 
+/// Most members of one ring: 20 MiB of points on whoever routes by it.
+pub const RING_MEMBERS_MAX: usize = 1_000;
+/// Largest weight of a member of a ring.
+pub const RING_WEIGHT_MAX: u32 = 1_000;
+
 /// Log entries under way at once from one node's queue; the prototype gained nothing beyond 8.
 pub const ENTRIES_IN_FLIGHT_MAX: usize = 8;
 /// Commands that a node holds, queued or under way, before it refuses more.

@@ -200,6 +200,18 @@ fn context(request: &mut Request) -> Option<&mut Option<RequestContext>> {
         Request::UpdateSession(request) => Some(&mut request.context),
         Request::TouchSession(request) => Some(&mut request.context),
         Request::DeleteSession(request) => Some(&mut request.context),
+        Request::GrantLease(request) => Some(&mut request.context),
+        Request::KeepAliveLeases(request) => Some(&mut request.context),
+        Request::RevokeLease(request) => Some(&mut request.context),
+        Request::AcquireLock(request) => Some(&mut request.context),
+        Request::CancelAcquire(request) => Some(&mut request.context),
+        Request::ReleaseLock(request) => Some(&mut request.context),
+        Request::BreakLock(request) => Some(&mut request.context),
+        Request::JoinRing(request) => Some(&mut request.context),
+        Request::LeaveRing(request) => Some(&mut request.context),
         Request::GetSession(_) | Request::BatchGetSessions(_) | Request::ListSessions(_) => None,
+        Request::GetLease(_) | Request::ListLeases(_) => None,
+        Request::GetLock(_) | Request::ListLocks(_) => None,
+        Request::LocateKeys(_) | Request::GetRing(_) => None,
     }
 }

@@ -426,6 +426,7 @@ impl Sessions {
             expected_version: update.expected_version,
             principal: update.principal,
             idle_timeout: update.idle_timeout.map(Timeout::into_proto),
+            fence: None,
         });
         match self.client.call(request).await? {
             Response::UpdateSession(updated) => {
@@ -512,6 +513,7 @@ impl Sessions {
             namespace: self.namespace(),
             session: Some(session.into_proto()),
             expected_version,
+            fence: None,
         });
         match self.client.call(request).await? {
             Response::DeleteSession(deleted) => Ok(deleted.revision),

@@ -19,8 +19,12 @@ use super::connection::timed;
 use crate::proto::v1::pipeline_request::Request;
 use crate::proto::v1::pipeline_response::Response;
 use crate::proto::v1::{
-    BatchGetSessionsResponse, CreateSessionResponse, DeleteSessionResponse, GetSessionResponse,
-    ListSessionsResponse, TouchSessionResponse, UpdateSessionResponse,
+    AcquireLockResponse, BatchGetSessionsResponse, BreakLockResponse, CancelAcquireResponse,
+    CreateSessionResponse, DeleteSessionResponse, GetLeaseResponse, GetLockResponse,
+    GetRingResponse, GetSessionResponse, GrantLeaseResponse, JoinRingResponse,
+    KeepAliveLeasesResponse, LeaveRingResponse, ListLeasesResponse, ListLocksResponse,
+    ListSessionsResponse, LocateKeysResponse, ReleaseLockResponse, RevokeLeaseResponse,
+    TouchSessionResponse, UpdateSessionResponse,
 };
 
 /// Sends one request and waits for its answer.
@@ -74,6 +78,21 @@ methods! {
     TouchSession: "/quorate.v1.SessionService/TouchSession" -> TouchSessionResponse,
     DeleteSession: "/quorate.v1.SessionService/DeleteSession" -> DeleteSessionResponse,
     ListSessions: "/quorate.v1.SessionService/ListSessions" -> ListSessionsResponse,
+    GrantLease: "/quorate.v1.LeaseService/GrantLease" -> GrantLeaseResponse,
+    KeepAliveLeases: "/quorate.v1.LeaseService/KeepAliveLeases" -> KeepAliveLeasesResponse,
+    RevokeLease: "/quorate.v1.LeaseService/RevokeLease" -> RevokeLeaseResponse,
+    GetLease: "/quorate.v1.LeaseService/GetLease" -> GetLeaseResponse,
+    ListLeases: "/quorate.v1.LeaseService/ListLeases" -> ListLeasesResponse,
+    AcquireLock: "/quorate.v1.LockService/AcquireLock" -> AcquireLockResponse,
+    CancelAcquire: "/quorate.v1.LockService/CancelAcquire" -> CancelAcquireResponse,
+    ReleaseLock: "/quorate.v1.LockService/ReleaseLock" -> ReleaseLockResponse,
+    GetLock: "/quorate.v1.LockService/GetLock" -> GetLockResponse,
+    ListLocks: "/quorate.v1.LockService/ListLocks" -> ListLocksResponse,
+    BreakLock: "/quorate.v1.LockService/BreakLock" -> BreakLockResponse,
+    JoinRing: "/quorate.v1.RingService/JoinRing" -> JoinRingResponse,
+    LeaveRing: "/quorate.v1.RingService/LeaveRing" -> LeaveRingResponse,
+    LocateKeys: "/quorate.v1.RingService/LocateKeys" -> LocateKeysResponse,
+    GetRing: "/quorate.v1.RingService/GetRing" -> GetRingResponse,
 }
 
 /// The codec of one call.

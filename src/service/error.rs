@@ -25,6 +25,8 @@ pub enum ErrorKind {
     DeadlineExceeded,
     /// Not now; nothing was done.
     Unavailable,
+    /// Known to the API, not to this node.
+    Unimplemented,
     /// A defect.
     Internal,
 }
@@ -71,6 +73,12 @@ impl Error {
     fn retry_after(mut self, after: Duration) -> Self {
         self.retry_after = Some(after);
         self
+    }
+
+    /// A request, or a part of one, that is refused rather than ignored.
+    pub fn unimplemented(what: &str) -> Self {
+        let message = format!("this node does not serve {what}");
+        Self::new(ErrorKind::Unimplemented, "UNIMPLEMENTED", message)
     }
 
     /// There is no such session.

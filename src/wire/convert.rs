@@ -228,7 +228,13 @@ pub(super) fn batch_out(listed: &Listed, wanted: &Wanted) -> v1::BatchGetSession
     }
 }
 
+/// A fence that was ignored would be worse than none.
+pub(super) fn unfenced(fence: Option<v1::Fence>) -> Result<(), Error> {
+    fence.map_or(Ok(()), |_| Err(Error::unimplemented("fences")))
+}
+
 pub(super) fn update_in(request: v1::UpdateSessionRequest) -> Result<SessionUpdate, Error> {
+    unfenced(request.fence)?;
     Ok(SessionUpdate {
         context: context_in(request.context)?,
         namespace: request.namespace,

@@ -17,7 +17,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::cluster::describe;
 use super::convert::{
     addressed_in, batch_get_in, batch_out, create_in, created_out, deleted_out, duration_in,
-    found_out, get_in, list_in, listed_out, touched_out, update_in, updated_out,
+    found_out, get_in, list_in, listed_out, touched_out, unfenced, update_in, updated_out,
 };
 use super::status::{empty_request, pipeline_error};
 use crate::limits::PIPELINE_IN_FLIGHT_MAX;
@@ -180,8 +180,9 @@ fn serve(
             });
         }
         Asked::DeleteSession(request) => {
-            let v1::DeleteSessionRequest { context, namespace, session, expected_version } =
+            let v1::DeleteSessionRequest { context, namespace, session, expected_version, fence } =
                 request;
+            unfenced(fence)?;
             let to = addressed_in(context, namespace, session)?;
             let done = move |result: Result<_, Error>| {
                 flow.answer(id, result.map(|it| Answer::DeleteSession(deleted_out(&it))));
@@ -193,6 +194,7 @@ fn serve(
                 flow.answer(id, result.map(|it| Answer::ListSessions(listed_out(&it))));
             });
         }
+        _ => return Err(Error::unimplemented("leases, locks and rings")),
     }
     Ok(())
 }

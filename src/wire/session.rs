@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status};
 
 use super::convert::{
     addressed_in, batch_get_in, batch_out, create_in, created_out, deleted_out, found_out, get_in,
-    list_in, listed_out, touched_out, update_in, updated_out,
+    list_in, listed_out, touched_out, unfenced, update_in, updated_out,
 };
 use super::status::status;
 use crate::proto::v1;
@@ -123,8 +123,9 @@ impl SessionService for SessionServer {
         request: Request<v1::DeleteSessionRequest>,
     ) -> Reply<v1::DeleteSessionResponse> {
         let call = self.call(&request);
-        let v1::DeleteSessionRequest { context, namespace, session, expected_version } =
+        let v1::DeleteSessionRequest { context, namespace, session, expected_version, fence } =
             request.into_inner();
+        unfenced(fence).map_err(status)?;
         let to = addressed_in(context, namespace, session).map_err(status)?;
         let deleted = answered(|done| {
             let sessions = &self.sessions;
