@@ -44,11 +44,12 @@ fn update() -> Command {
         expected_version: Some(Revision(1)),
         principal: Some(None),
         idle_timeout: None,
+        fence: None,
     }
 }
 
 fn delete() -> Command {
-    Command::DeleteSession { request: request(9), key: key(), expected_version: None }
+    Command::DeleteSession { request: request(9), key: key(), expected_version: None, fence: None }
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -90,8 +91,12 @@ fn state() -> State {
         idle_timeout: None,
         absolute_timeout: None,
     };
-    let delete_other =
-        Command::DeleteSession { request: request(11), key: other, expected_version: None };
+    let delete_other = Command::DeleteSession {
+        request: request(11),
+        key: other,
+        expected_version: None,
+        fence: None,
+    };
     for command in [create(), update(), create_other, delete_other] {
         let reply = state.apply(&command, true, &mut Vec::new());
         assert!(matches!(reply.outcome, Outcome::Written { .. }), "{command:?}: {reply:?}");
@@ -177,6 +182,7 @@ fn states() {
         let kind = match &key {
             RecordKey::Session(_) => "session",
             RecordKey::Tombstone(_) => "tombstone",
+            key => panic!("{key:?}"),
         };
         let mut value = Vec::new();
         encode_record(&record, &mut value);
