@@ -72,6 +72,8 @@ mod time;
 mod tombstone;
 
 #[cfg(test)]
+mod codec_coordination_test;
+#[cfg(test)]
 mod codec_test;
 #[cfg(test)]
 mod coordination_test;

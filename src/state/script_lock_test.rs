@@ -1,5 +1,6 @@
 //! What scripts say about leases and locks. Leases are called by names of up to 16 characters,
-//! which stand for their ids; locks by their names.
+//! which stand for their ids; locks by their names. `token=a` is the last token of lease a on that
+//! lock, `token=17` is 17.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -79,7 +80,7 @@ impl Script {
         let request = self.request(words);
         let name = words.0.remove(0);
         let length = |text: Option<&str>| text.map_or(Duration::ZERO, duration);
-        let token = |words: &mut Words<'_>| Revision(words.take("token").unwrap().parse().unwrap());
+        let token = words.take("token").map(|text| self.token(&lock_key(name), text));
         match command {
             "grant" => Command::GrantLease {
                 request,
@@ -100,7 +101,7 @@ impl Script {
                 request,
                 lock: lock_key(name),
                 lease: words.take("lease").map(|name| lease_key(name).id),
-                token: token(words),
+                token: token.unwrap(),
             },
             "cancel" => Command::CancelAcquire {
                 request,
@@ -111,11 +112,35 @@ impl Script {
             "break" => Command::BreakLock {
                 request,
                 lock: lock_key(name),
-                token: token(words),
+                token: token.unwrap(),
                 delay: words.take_word("delay"),
             },
             _ => panic!("unknown command {command}"),
         }
+    }
+
+    pub(super) fn follow_tokens(&mut self, changes: &[Change]) {
+        for change in changes {
+            if let (RecordKey::Claim(key), Some(Record::Claim(claim))) =
+                (&change.key, &change.after)
+                && let Some(token) = claim.token()
+            {
+                self.tokens.insert((key.lock.clone(), claim.lease), token);
+            }
+        }
+    }
+
+    fn token(&self, lock: &LockKey, text: &str) -> Revision {
+        match text.parse() {
+            Ok(number) => Revision(number),
+            Err(_) => self.tokens[&(lock.clone(), lease_key(text).id)],
+        }
+    }
+
+    pub(super) fn fence(&self, namespace: &Namespace, text: &str) -> Fence {
+        let (lock, token) = text.split_once(':').expect("fence=lock:token");
+        let key = LockKey { namespace: namespace.clone(), name: lock.into() };
+        Fence { lock: key.name.clone(), token: self.token(&key, token) }
     }
 
     /// Has many leases, called l0000, l0001, ..., or one, wait for a lock.
@@ -144,11 +169,6 @@ fn mode(words: &mut Words<'_>) -> LockMode {
         return LockMode::Permits { of: of.parse().unwrap(), take: take.parse().unwrap() };
     }
     if words.take_word("shared") { LockMode::Shared } else { LockMode::Exclusive }
-}
-
-pub(super) fn fence(text: &str) -> Fence {
-    let (lock, token) = text.split_once(':').expect("fence=lock:token");
-    Fence { lock: lock.into(), token: Revision(token.parse().unwrap()) }
 }
 
 fn lease_key(text: &str) -> LeaseKey {

@@ -5,11 +5,12 @@
 //! difference is for a person to read. Times count from the epoch of cluster time; sessions are
 //! called by names of up to 16 characters, which stand for their digests.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
-use super::script_lock_test::{change_text, fence, outcome_text, record_text};
+use super::script_lock_test::{change_text, outcome_text, record_text};
 use super::*;
 
 #[test]
@@ -59,6 +60,8 @@ pub(super) struct Script {
     pub(super) state: State,
     /// Ids of requests that say none.
     requests: u64,
+    /// The last token of each lease on each lock.
+    pub(super) tokens: BTreeMap<(LockKey, LeaseId), Revision>,
 }
 
 /// A command's arguments: words such as `name=value`, `-name` and `word`.
@@ -190,7 +193,7 @@ impl Script {
         }
         let key = key(words.0.remove(0));
         let request = self.request(words);
-        let fence = words.take("fence").map(fence);
+        let fence = words.take("fence").map(|text| self.fence(&key.namespace, text));
         let expected_version =
             words.take("expect").map(|version| Revision(version.parse().unwrap()));
         let idle_timeout = words.take("idle").map(timeout);
@@ -253,6 +256,7 @@ impl Script {
             }
             other => writeln!(out, "@{revision} {}", outcome_text(&other)).unwrap(),
         }
+        self.follow_tokens(&changes);
         for change in changes.iter().take(8) {
             let (revision, cause) = (change.revision, change.cause);
             let (RecordKey::Session(key) | RecordKey::Tombstone(key)) = &change.key else {
