@@ -81,6 +81,7 @@ fn update(state: &mut State, count: u64) {
                 expected_version: None,
                 principal: None,
                 idle_timeout: None,
+                fence: None,
             })
         };
         let commands: Vec<_> = (batch * 1_000..(batch + 1) * 1_000).map(command).collect();

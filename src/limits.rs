@@ -44,6 +44,26 @@ pub const TOMBSTONE_LIFETIME: Duration = Duration::from_secs(60);
 /// Most expired records that one Tick removes, so that none holds up the writes behind it.
 pub const EXPIRE_BATCH_MAX: usize = 1_000;
 
+/// Shortest TTL of a lease.
+pub const LEASE_TTL_MIN: Duration = Duration::from_secs(1);
+/// Longest TTL of a lease.
+pub const LEASE_TTL_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Most leases that one command renews, so that none holds up the writes behind it.
+pub const LEASE_RENEWALS_MAX: usize = 1_000;
+/// Most leases of one namespace.
+pub const LEASES_MAX: usize = 1_000_000;
+/// Most claims on locks that hang from one lease.
+pub const CLAIMS_PER_LEASE_MAX: usize = 16_384;
+/// Most claims that wait for one lock.
+pub const LOCK_WAITERS_MAX: usize = 100_000;
+/// Longest time that an Acquire waits.
+pub const LOCK_WAIT_MAX: Duration = Duration::from_secs(10 * 60);
+/// Longest lock-delay.
+pub const LOCK_DELAY_MAX: Duration = Duration::from_secs(60);
+/// Most permits of one lock.
+pub const LOCK_PERMITS_MAX: u32 = 1_000_000;
+/// How far the place of a waiter in its queue is counted, as counting takes time for each place.
+pub const LOCK_POSITION_MAX: usize = 1_000;
 /// Most members of one ring: 20 MiB of points on whoever routes by it.
 pub const RING_MEMBERS_MAX: usize = 1_000;
 /// Largest weight of a member of a ring.

@@ -208,16 +208,17 @@ impl Inner {
 }
 
 fn trace(change: &Change) {
-    let (kind, key) = match &change.key {
-        RecordKey::Session(key) => ("session", key),
-        RecordKey::Tombstone(key) => ("tombstone", key),
+    let (namespace, handle): (_, &dyn std::fmt::Display) = match &change.key {
+        RecordKey::Session(key) | RecordKey::Tombstone(key) => (&key.namespace, &key.digest),
+        RecordKey::Lease(key) | RecordKey::LeaseTombstone(key) => (&key.namespace, &key.id),
+        RecordKey::Claim(key) => (&key.lock.namespace, &key.lock.name),
     };
     tracing::debug!(
         target: "quorate::changes",
         revision = change.revision.0,
-        kind,
-        namespace = %key.namespace,
-        handle = %key.digest,
+        kind = change.key.kind(),
+        %namespace,
+        %handle,
         cause = %change.cause,
         "change"
     );

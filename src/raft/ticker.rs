@@ -11,9 +11,10 @@ use super::machine::Core;
 use super::proposals::{Lane, Proposals};
 use crate::state::{Command, encode_command};
 
-/// How often a leader looks for a deadline that has moved closer. No timeout is shorter than a
-/// second, so none that appears meanwhile can be missed by more.
-const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+/// How often a leader looks for a deadline that has moved closer, or work that a command has left
+/// over. Who waits for a lock for a tenth of a second is told that he waited in vain this much
+/// late, at most.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// Pause after a Tick that was not applied.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
 /// Deadline of a Tick as a proposal; the next look proposes another.
@@ -34,13 +35,9 @@ pub(crate) async fn run(
             }
             continue;
         }
-        let now = clock.now().time;
-        let (deadline, has_due) = core.read(|state| (state.next_deadline(), state.has_due()));
-        let wait = match deadline {
-            Some(deadline) if deadline <= now || has_due => Duration::ZERO,
-            Some(deadline) => deadline.since(now).min(LOOK_INTERVAL),
-            None => LOOK_INTERVAL,
-        };
+        let now = clock.now();
+        let due_in = core.read(|state| state.due_in(now));
+        let wait = due_in.map_or(LOOK_INTERVAL, |due_in| due_in.min(LOOK_INTERVAL));
         // A Tick that is turned away is not tried again at once: that would starve all others.
         let wait = if wait.is_zero() && tick(&clock, &proposals).await {
             continue;

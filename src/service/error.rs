@@ -113,6 +113,11 @@ impl Error {
         Self::new(ErrorKind::Unavailable, "HALTED", format!("this node has halted: {reason}"))
     }
 
+    fn full(what: &str, limit: u64) -> Self {
+        let message = format!("there are {limit} {what}, and that is the limit");
+        Self::new(ErrorKind::ResourceExhausted, "LIMIT_EXCEEDED", message).with("limit", limit)
+    }
+
     /// What the state machine refused.
     pub fn rejected(rejection: Rejection) -> Self {
         use crate::limits;
@@ -170,6 +175,47 @@ impl Error {
             )
             .with("field", "attributes")
             .with("limit", limits::SESSION_ATTRIBUTES_MAX),
+            Rejection::Fenced => Self::new(
+                ErrorKind::FailedPrecondition,
+                "FENCED",
+                "the token does not hold the lock, or its lease has ended; nothing was changed",
+            ),
+            Rejection::LeaseNotFound => Self::new(
+                ErrorKind::NotFound,
+                "LEASE_NOT_FOUND",
+                "there is no such lease, or it has ended",
+            ),
+            Rejection::LeaseExists => {
+                Self::new(ErrorKind::AlreadyExists, "LEASE_EXISTS", "a lease of that id exists")
+            }
+            Rejection::LeaseIdRetired => Self::new(
+                ErrorKind::FailedPrecondition,
+                "LEASE_ID_RETIRED",
+                "a lease of that id has ended; grant one under a new id",
+            ),
+            Rejection::LockHeld => Self::new(
+                ErrorKind::FailedPrecondition,
+                "LOCK_HELD",
+                "the lock is held or waited for, and the request was not to wait",
+            ),
+            Rejection::LockNotHeld => Self::new(
+                ErrorKind::FailedPrecondition,
+                "LOCK_NOT_HELD",
+                "the token does not hold the lock: it was released or lost, or never did",
+            ),
+            Rejection::LockModeMismatch(kind) => Self::new(
+                ErrorKind::FailedPrecondition,
+                "LOCK_MODE_MISMATCH",
+                format!("the lock is in use, and of another kind: {kind}"),
+            ),
+            Rejection::AcquireEnded => Self::new(
+                ErrorKind::FailedPrecondition,
+                "ACQUIRE_ENDED",
+                "this request has claimed the lock before, and that claim is over",
+            ),
+            Rejection::TooManyLeases(limit) => Self::full("leases in the namespace", limit),
+            Rejection::TooManyWaiters(limit) => Self::full("waiters for the lock", limit),
+            Rejection::TooManyClaims(limit) => Self::full("claims on the lease", limit),
             Rejection::MalformedCommand => Self::new(
                 ErrorKind::Internal,
                 "MALFORMED_COMMAND",

@@ -18,8 +18,8 @@ use crate::limits::{
 };
 use crate::raft::{Node, ReadError, WriteError};
 use crate::state::{
-    Attribute, Command, Digest, Namespace, Outcome, Query, QueryReply, Reply, Revision, Session,
-    SessionKey, State, Timeout, Timestamp, TouchNeed,
+    Attribute, Command, Digest, Namespace, Outcome, Query, QueryReply, Rejection, Reply, Revision,
+    Session, SessionKey, State, Timeout, Timestamp, TouchNeed,
 };
 
 /// How fresh a read has to be.
@@ -417,6 +417,7 @@ impl Sessions {
             expected_version: update.expected_version.map(Revision),
             principal: update.principal.map(valid_principal).transpose()?,
             idle_timeout: valid_timeout("idle_timeout", update.idle_timeout)?,
+            fence: None,
         })
     }
 
@@ -483,7 +484,7 @@ impl Sessions {
             Err(error) => return done(Err(error)),
         };
         let expected_version = expected_version.map(Revision);
-        let command = Command::DeleteSession { request, key, expected_version };
+        let command = Command::DeleteSession { request, key, expected_version, fence: None };
         self.node.write(&command, context.resend, call.deadline.0, move |result| {
             done(written(result).map(|written| Deleted { revision: written.revision }));
         });
@@ -540,6 +541,7 @@ fn written(result: Result<Reply, WriteError>) -> Result<Written, Error> {
     match outcome {
         Outcome::Written { version, deadline } => Ok(Written { revision, version, deadline }),
         Outcome::Rejected(rejection) => Err(Error::rejected(rejection)),
+        _ => Err(Error::rejected(Rejection::MalformedCommand)),
     }
 }
 

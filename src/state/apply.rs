@@ -4,7 +4,8 @@
 //! request still in its time; has what is there expired (then that is an event of its own, and
 //! comes first); was the request applied before; and only then, can it be done. A request that is
 //! remembered is answered with what it did, whatever has happened to the session since, even if it
-//! is gone. Everything is judged before anything is changed.
+//! is gone. A fence comes before the other conditions: whoever has lost the lock is to learn that
+//! first. Everything is judged before anything is changed.
 
 use std::sync::Arc;
 
@@ -20,7 +21,7 @@ use super::time::Timestamp;
 use super::tombstone::Tombstone;
 use crate::limits::{SESSION_ATTRIBUTES_MAX, SESSION_BYTES_MAX};
 
-type Answer = Result<Reply, Rejection>;
+pub(super) type Answer = Result<Reply, Rejection>;
 
 impl State {
     pub(super) fn create_session(
@@ -89,6 +90,7 @@ impl State {
             expected_version,
             principal,
             idle_timeout,
+            fence,
         } = command
         else {
             unreachable!("dispatched by its kind");
@@ -104,6 +106,7 @@ impl State {
         if let Some(reply) = replay(&facts.requests, request, resend, session.deadline())? {
             return Ok(reply);
         }
+        self.check_fence(&key.namespace, fence.as_ref())?;
         check_version(session, *expected_version)?;
 
         let clock = self.clock.time;
@@ -149,12 +152,13 @@ impl State {
 
     pub(super) fn delete_session(
         &mut self,
-        request: &Request,
-        key: &SessionKey,
-        expected_version: Option<Revision>,
+        command: &Command,
         resend: bool,
         changes: &mut Vec<Change>,
     ) -> Answer {
+        let Command::DeleteSession { request, key, expected_version, fence } = command else {
+            unreachable!("dispatched by its kind");
+        };
         self.admit(request, key, changes)?;
         let Some(session) = self.records.session(key) else {
             return self.replay_ended(request, key, resend);
@@ -163,7 +167,8 @@ impl State {
         if let Some(reply) = replay(&requests, request, resend, session.deadline())? {
             return Ok(reply);
         }
-        check_version(session, expected_version)?;
+        self.check_fence(&key.namespace, fence.as_ref())?;
+        check_version(session, *expected_version)?;
         self.revision = self.next_revision();
         requests.remember(request, resend, self.revision, self.clock.time);
         self.end_session(key, &requests, Cause::Deleted, changes);

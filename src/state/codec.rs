@@ -16,11 +16,14 @@ use prost::Message as _;
 
 use super::FEATURE_LEVEL;
 use super::attributes::{Attributes, is_well_formed};
+use super::claim::{ClaimKey, LockKey, LockKind};
+use super::codec_coordination as coordination;
 use super::command::{
-    Attribute, Command, Digest, Namespace, Outcome, Record, RecordKey, Rejection, Reply, Request,
-    Revision, SessionKey,
+    Attribute, Command, Digest, Fence, Namespace, Outcome, Record, RecordKey, Rejection, Reply,
+    Request, Revision, SessionKey,
 };
-use super::digest::{SESSION, TOMBSTONE};
+use super::digest::{CLAIM, LEASE, LEASE_TOMBSTONE, SESSION, TOMBSTONE};
+use super::lease::{LeaseId, LeaseKey};
 use super::packing::Reader;
 use super::restore::StateHeader;
 use super::retry::{Remembered, Requests};
@@ -138,6 +141,7 @@ pub fn encode_command(command: &Command) -> Bytes {
             expected_version,
             principal,
             idle_timeout,
+            fence,
         } => {
             let name = |name: &Option<Arc<str>>| name.as_deref().unwrap_or_default().into();
             let body = stored::UpdateSession {
@@ -147,29 +151,38 @@ pub fn encode_command(command: &Command) -> Bytes {
                 expected_version: expected_version.map(|version| version.0),
                 principal: principal.as_ref().map(name),
                 idle_timeout: idle_timeout.map(stored_timeout),
+                fence: stored_fence(fence),
             };
             (request, key, Body::UpdateSession(body))
         }
         Command::TouchSession { request, key } => {
             (request, key, Body::TouchSession(stored::TouchSession { digest: stored_digest(key) }))
         }
-        Command::DeleteSession { request, key, expected_version } => {
+        Command::DeleteSession { request, key, expected_version, fence } => {
             let body = stored::DeleteSession {
                 digest: stored_digest(key),
                 expected_version: expected_version.map(|version| version.0),
+                fence: stored_fence(fence),
             };
             (request, key, Body::DeleteSession(body))
+        }
+        Command::GrantLease { .. }
+        | Command::RenewLeases { .. }
+        | Command::RevokeLease { .. }
+        | Command::AcquireLock { .. }
+        | Command::ReleaseLock { .. }
+        | Command::CancelAcquire { .. }
+        | Command::BreakLock { .. } => {
+            return coordination::stored_command(command).encode_to_vec().into();
         }
         Command::Tick => {
             let tick = Some(Body::Tick(stored::Tick {}));
             return stored::Command { body: tick, ..Default::default() }.encode_to_vec().into();
         }
     };
-    let Request { id, first_sent, expires } = *request;
-    let request = stored::Request { id, first_sent: first_sent.0, expires: expires.0 };
+    let request = Some(stored_request(request));
     let namespace = key.namespace.0.to_string();
-    let command = stored::Command { request: Some(request), namespace, body: Some(body) };
-    command.encode_to_vec().into()
+    stored::Command { request, namespace, body: Some(body) }.encode_to_vec().into()
 }
 
 /// Decodes a command; the values of its attributes are slices of `bytes`.
@@ -182,14 +195,15 @@ pub fn decode_command(bytes: Bytes) -> Result<Command, CodecError> {
     if let Body::Tick(_) = body {
         return Ok(Command::Tick);
     }
-    let stored::Request { id, first_sent, expires } =
-        request.ok_or(Malformed("a command without a request"))?;
-    let (first_sent, expires) = (Timestamp(first_sent), Timestamp(expires));
-    let request = Request { id, first_sent, expires };
+    let namespace = Namespace(Arc::from(namespace));
+    if let Body::RenewLeases(body) = body {
+        return coordination::renew_leases(namespace, &body);
+    }
+    let request = request_of(request.ok_or(Malformed("a command without a request"))?);
     let key = |digest: Bytes| {
         let digest = digest.as_ref().try_into();
         let digest = Digest(digest.map_err(|_| Malformed("a digest not of 16 bytes"))?);
-        Ok::<_, CodecError>(SessionKey { namespace: Namespace(Arc::from(namespace)), digest })
+        Ok::<_, CodecError>(SessionKey { namespace: namespace.clone(), digest })
     };
     Ok(match body {
         Body::CreateSession(body) => Command::CreateSession {
@@ -208,40 +222,30 @@ pub fn decode_command(bytes: Bytes) -> Result<Command, CodecError> {
             expected_version: body.expected_version.map(Revision),
             principal: body.principal.as_deref().map(principal),
             idle_timeout: body.idle_timeout.map(timeout),
+            fence: body.fence.map(fence),
         },
         Body::TouchSession(body) => Command::TouchSession { request, key: key(body.digest)? },
         Body::DeleteSession(body) => Command::DeleteSession {
             request,
             key: key(body.digest)?,
             expected_version: body.expected_version.map(Revision),
+            fence: body.fence.map(fence),
         },
-        Body::Tick(_) => Command::Tick,
+        body => return coordination::command(request, namespace, body),
     })
 }
 
 /// Encodes a reply.
 pub fn encode_reply(reply: &Reply) -> Bytes {
-    let outcome = match reply.outcome {
+    let outcome = match &reply.outcome {
         Outcome::Written { version, deadline } => {
             let deadline = deadline.map(|deadline| deadline.0);
             stored::reply::Outcome::Written(stored::Written { version: version.0, deadline })
         }
         Outcome::Rejected(rejection) => {
-            let (reason, detail) = match rejection {
-                Rejection::SessionNotFound => (Reason::SessionNotFound, 0),
-                Rejection::SessionExists => (Reason::SessionExists, 0),
-                Rejection::SessionIdRetired => (Reason::SessionIdRetired, 0),
-                Rejection::VersionMismatch(version) => (Reason::VersionMismatch, version.0),
-                Rejection::RequestExpired => (Reason::RequestExpired, 0),
-                Rejection::RequestLifetimeTooLong => (Reason::RequestLifetimeTooLong, 0),
-                Rejection::OutcomeUnknown => (Reason::OutcomeUnknown, 0),
-                Rejection::SessionTooLarge(bytes) => (Reason::SessionTooLarge, bytes),
-                Rejection::TooManyAttributes(count) => (Reason::TooManyAttributes, count),
-                Rejection::MalformedCommand => (Reason::MalformedCommand, 0),
-            };
-            let reason = reason.into();
-            stored::reply::Outcome::Rejection(stored::Rejection { reason, detail })
+            stored::reply::Outcome::Rejection(stored_rejection(*rejection))
         }
+        other => coordination::stored_outcome(other),
     };
     let reply = stored::Reply { revision: reply.revision.0, outcome: Some(outcome) };
     reply.encode_to_vec().into()
@@ -258,58 +262,152 @@ pub fn decode_reply(bytes: &[u8]) -> Result<Reply, CodecError> {
             let (version, deadline) = (Revision(version), deadline.map(Timestamp));
             Outcome::Written { version, deadline }
         }
-        stored::reply::Outcome::Rejection(stored::Rejection { reason, detail }) => {
-            let unknown = Malformed("a rejection for an unknown reason");
-            let reason = Reason::try_from(reason).map_err(|_| unknown)?;
-            Outcome::Rejected(match reason {
-                Reason::Unspecified => return Err(Malformed("a rejection without a reason")),
-                Reason::SessionNotFound => Rejection::SessionNotFound,
-                Reason::SessionExists => Rejection::SessionExists,
-                Reason::SessionIdRetired => Rejection::SessionIdRetired,
-                Reason::VersionMismatch => Rejection::VersionMismatch(Revision(detail)),
-                Reason::RequestExpired => Rejection::RequestExpired,
-                Reason::RequestLifetimeTooLong => Rejection::RequestLifetimeTooLong,
-                Reason::OutcomeUnknown => Rejection::OutcomeUnknown,
-                Reason::SessionTooLarge => Rejection::SessionTooLarge(detail),
-                Reason::TooManyAttributes => Rejection::TooManyAttributes(detail),
-                Reason::MalformedCommand => Rejection::MalformedCommand,
-            })
-        }
+        stored::reply::Outcome::Rejection(stored) => Outcome::Rejected(rejection(stored)?),
+        other => coordination::outcome(other)?,
     };
     Ok(Reply { revision, outcome })
 }
 
-/// Encodes the key of a record: a byte for its kind, the namespace, and the digest, whose length is
-/// fixed. Different records have different keys.
-pub fn encode_key(key: &RecordKey) -> Bytes {
-    let (kind, SessionKey { namespace, digest }) = match key {
-        RecordKey::Session(key) => (SESSION, key),
-        RecordKey::Tombstone(key) => (TOMBSTONE, key),
+fn stored_rejection(rejection: Rejection) -> stored::Rejection {
+    let (reason, detail) = match rejection {
+        Rejection::SessionNotFound => (Reason::SessionNotFound, 0),
+        Rejection::SessionExists => (Reason::SessionExists, 0),
+        Rejection::SessionIdRetired => (Reason::SessionIdRetired, 0),
+        Rejection::VersionMismatch(version) => (Reason::VersionMismatch, version.0),
+        Rejection::RequestExpired => (Reason::RequestExpired, 0),
+        Rejection::RequestLifetimeTooLong => (Reason::RequestLifetimeTooLong, 0),
+        Rejection::OutcomeUnknown => (Reason::OutcomeUnknown, 0),
+        Rejection::SessionTooLarge(bytes) => (Reason::SessionTooLarge, bytes),
+        Rejection::TooManyAttributes(count) => (Reason::TooManyAttributes, count),
+        Rejection::Fenced => (Reason::Fenced, 0),
+        Rejection::LeaseNotFound => (Reason::LeaseNotFound, 0),
+        Rejection::LeaseExists => (Reason::LeaseExists, 0),
+        Rejection::LeaseIdRetired => (Reason::LeaseIdRetired, 0),
+        Rejection::TooManyLeases(limit) => (Reason::TooManyLeases, limit),
+        Rejection::LockHeld => (Reason::LockHeld, 0),
+        Rejection::LockNotHeld => (Reason::LockNotHeld, 0),
+        Rejection::LockModeMismatch(kind) => {
+            let permits = match kind {
+                LockKind::ReadWrite => 0,
+                LockKind::Counted { permits } => permits,
+            };
+            (Reason::LockModeMismatch, u64::from(permits))
+        }
+        Rejection::AcquireEnded => (Reason::AcquireEnded, 0),
+        Rejection::TooManyWaiters(limit) => (Reason::TooManyWaiters, limit),
+        Rejection::TooManyClaims(limit) => (Reason::TooManyClaims, limit),
+        Rejection::MalformedCommand => (Reason::MalformedCommand, 0),
     };
-    [&[kind][..], namespace.0.as_bytes(), &digest.0].concat().into()
+    stored::Rejection { reason: reason.into(), detail }
 }
 
-/// Takes the key of a record apart: its kind, namespace and digest.
-pub(super) fn split_key(key: &[u8]) -> Result<(u8, &str, Digest), CodecError> {
+fn rejection(stored: stored::Rejection) -> Result<Rejection, CodecError> {
+    let stored::Rejection { reason, detail } = stored;
+    let unknown = Malformed("a rejection for an unknown reason");
+    Ok(match Reason::try_from(reason).map_err(|_| unknown)? {
+        Reason::Unspecified => return Err(Malformed("a rejection without a reason")),
+        Reason::SessionNotFound => Rejection::SessionNotFound,
+        Reason::SessionExists => Rejection::SessionExists,
+        Reason::SessionIdRetired => Rejection::SessionIdRetired,
+        Reason::VersionMismatch => Rejection::VersionMismatch(Revision(detail)),
+        Reason::RequestExpired => Rejection::RequestExpired,
+        Reason::RequestLifetimeTooLong => Rejection::RequestLifetimeTooLong,
+        Reason::OutcomeUnknown => Rejection::OutcomeUnknown,
+        Reason::SessionTooLarge => Rejection::SessionTooLarge(detail),
+        Reason::TooManyAttributes => Rejection::TooManyAttributes(detail),
+        Reason::Fenced => Rejection::Fenced,
+        Reason::LeaseNotFound => Rejection::LeaseNotFound,
+        Reason::LeaseExists => Rejection::LeaseExists,
+        Reason::LeaseIdRetired => Rejection::LeaseIdRetired,
+        Reason::TooManyLeases => Rejection::TooManyLeases(detail),
+        Reason::LockHeld => Rejection::LockHeld,
+        Reason::LockNotHeld => Rejection::LockNotHeld,
+        Reason::LockModeMismatch => Rejection::LockModeMismatch(match detail {
+            0 => LockKind::ReadWrite,
+            permits => LockKind::Counted { permits: permits as u32 },
+        }),
+        Reason::AcquireEnded => Rejection::AcquireEnded,
+        Reason::TooManyWaiters => Rejection::TooManyWaiters(detail),
+        Reason::TooManyClaims => Rejection::TooManyClaims(detail),
+        Reason::MalformedCommand => Rejection::MalformedCommand,
+    })
+}
+
+/// Encodes the key of a record: a byte for its kind, the namespace, and what names it in there,
+/// which ends in something of a fixed length. Different records have different keys.
+pub fn encode_key(key: &RecordKey) -> Bytes {
+    let of = |kind: u8, namespace: &Namespace, id: &[u8; 16]| {
+        [&[kind][..], namespace.0.as_bytes(), id].concat().into()
+    };
+    match key {
+        RecordKey::Session(key) => of(SESSION, &key.namespace, &key.digest.0),
+        RecordKey::Tombstone(key) => of(TOMBSTONE, &key.namespace, &key.digest.0),
+        RecordKey::Lease(key) => of(LEASE, &key.namespace, &key.id.0),
+        RecordKey::LeaseTombstone(key) => of(LEASE_TOMBSTONE, &key.namespace, &key.id.0),
+        RecordKey::Claim(ClaimKey { lock, order }) => {
+            // A claim that was made has a name within its limit.
+            let length = (lock.name.len() as u16).to_be_bytes();
+            let (namespace, name) = (lock.namespace.0.as_bytes(), lock.name.as_bytes());
+            [&[CLAIM][..], namespace, name, &length, &order.0.to_be_bytes()].concat().into()
+        }
+    }
+}
+
+/// What names a record within its namespace.
+pub(super) enum KeyName<'a> {
+    Session(Digest),
+    Tombstone(Digest),
+    Lease(LeaseId),
+    LeaseTombstone(LeaseId),
+    Claim(&'a str, Revision),
+}
+
+impl KeyName<'_> {
+    pub(super) fn key(self, namespace: Namespace) -> RecordKey {
+        match self {
+            Self::Session(digest) => RecordKey::Session(SessionKey { namespace, digest }),
+            Self::Tombstone(digest) => RecordKey::Tombstone(SessionKey { namespace, digest }),
+            Self::Lease(id) => RecordKey::Lease(LeaseKey { namespace, id }),
+            Self::LeaseTombstone(id) => RecordKey::LeaseTombstone(LeaseKey { namespace, id }),
+            Self::Claim(name, order) => {
+                let lock = LockKey { namespace, name: Arc::from(name) };
+                RecordKey::Claim(ClaimKey { lock, order })
+            }
+        }
+    }
+}
+
+/// Takes the key of a record apart: its namespace, and the rest.
+pub(super) fn split_key(key: &[u8]) -> Result<(&str, KeyName<'_>), CodecError> {
+    let too_short = || Malformed("a key that is too short");
+    let text = |text| std::str::from_utf8(text).map_err(|_| Malformed("a name not of UTF-8"));
     let (kind, rest) = key.split_first().ok_or(Malformed("an empty key"))?;
-    let (namespace, digest) =
-        rest.split_last_chunk().ok_or(Malformed("a key that is too short"))?;
-    let namespace =
-        std::str::from_utf8(namespace).map_err(|_| Malformed("a namespace not of UTF-8"))?;
-    Ok((*kind, namespace, Digest(*digest)))
+    if *kind == CLAIM {
+        let (rest, order) = rest.split_last_chunk().ok_or_else(too_short)?;
+        let (rest, length) = rest.split_last_chunk().ok_or_else(too_short)?;
+        let length = usize::from(u16::from_be_bytes(*length));
+        let split = rest.len().checked_sub(length).ok_or_else(too_short)?;
+        let (namespace, name) = rest.split_at(split);
+        let order = Revision(u64::from_be_bytes(*order));
+        return Ok((text(namespace)?, KeyName::Claim(text(name)?, order)));
+    }
+    let (namespace, id) = rest.split_last_chunk().ok_or_else(too_short)?;
+    let name = match *kind {
+        SESSION => KeyName::Session(Digest(*id)),
+        TOMBSTONE => KeyName::Tombstone(Digest(*id)),
+        LEASE => KeyName::Lease(LeaseId(*id)),
+        LEASE_TOMBSTONE => KeyName::LeaseTombstone(LeaseId(*id)),
+        _ => return Err(Malformed("a key of an unknown kind")),
+    };
+    Ok((text(namespace)?, name))
 }
 
 /// Decodes the key of a record.
 ///
 /// Errors: the bytes are no key, or one of a kind that this build does not know.
 pub fn decode_key(key: &[u8]) -> Result<RecordKey, CodecError> {
-    let (kind, namespace, digest) = split_key(key)?;
-    let key = SessionKey { namespace: Namespace(Arc::from(namespace)), digest };
-    match kind {
-        SESSION => Ok(RecordKey::Session(key)),
-        TOMBSTONE => Ok(RecordKey::Tombstone(key)),
-        _ => Err(Malformed("a key of an unknown kind")),
-    }
+    let (namespace, name) = split_key(key)?;
+    Ok(name.key(Namespace(Arc::from(namespace))))
 }
 
 /// Appends an encoded record to `out`.
@@ -326,6 +424,9 @@ pub fn encode_record(record: &Record, out: &mut Vec<u8>) {
             };
             stored::record::Record::Tombstone(tombstone)
         }
+        Record::Lease(lease) => coordination::stored_lease(lease),
+        Record::LeaseTombstone(tombstone) => coordination::stored_lease_tombstone(tombstone),
+        Record::Claim(claim) => coordination::stored_claim(claim),
     };
     let record = stored::Record { record: Some(record) };
     record.encode(out).expect("a vector grows as needed");
@@ -354,6 +455,16 @@ pub(super) fn decode_record_with(
             let requests = requests(&tombstone.recent, forgotten)?;
             let removed_time = Timestamp(tombstone.removed_time);
             Ok(Record::Tombstone(Arc::new(Tombstone::new(key, removed_time, &requests))))
+        }
+        (RecordKey::Lease(key), stored::record::Record::Lease(lease)) => {
+            Ok(Record::Lease(Arc::new(coordination::lease(key, &lease)?)))
+        }
+        (RecordKey::LeaseTombstone(key), stored::record::Record::LeaseTombstone(tombstone)) => {
+            let tombstone = coordination::lease_tombstone(key, &tombstone)?;
+            Ok(Record::LeaseTombstone(Arc::new(tombstone)))
+        }
+        (RecordKey::Claim(key), stored::record::Record::Claim(claim)) => {
+            Ok(Record::Claim(Arc::new(coordination::claim(key, claim)?)))
         }
         _ => Err(Malformed("a record of another kind than its key")),
     }
@@ -440,7 +551,17 @@ fn session_of(
     Ok(Session::new(key, Revision(session.version), deadline, body))
 }
 
-fn stored_requests(requests: &Requests) -> Vec<stored::Remembered> {
+pub(super) fn stored_request(request: &Request) -> stored::Request {
+    let Request { id, first_sent, expires } = *request;
+    stored::Request { id, first_sent: first_sent.0, expires: expires.0 }
+}
+
+pub(super) fn request_of(request: stored::Request) -> Request {
+    let stored::Request { id, first_sent, expires } = request;
+    Request { id, first_sent: Timestamp(first_sent), expires: Timestamp(expires) }
+}
+
+pub(super) fn stored_requests(requests: &Requests) -> Vec<stored::Remembered> {
     let each = |remembered: &Remembered| stored::Remembered {
         id: remembered.id,
         first_sent: remembered.first_sent.0,
@@ -452,7 +573,10 @@ fn stored_requests(requests: &Requests) -> Vec<stored::Remembered> {
 }
 
 /// `forgotten` is both marks, the one for first sendings last.
-fn requests(recent: &[stored::Remembered], forgotten: [u64; 2]) -> Result<Requests, CodecError> {
+pub(super) fn requests(
+    recent: &[stored::Remembered],
+    forgotten: [u64; 2],
+) -> Result<Requests, CodecError> {
     let each = |remembered: &stored::Remembered| Remembered {
         id: remembered.id,
         first_sent: Timestamp(remembered.first_sent),
@@ -467,6 +591,16 @@ fn requests(recent: &[stored::Remembered], forgotten: [u64; 2]) -> Result<Reques
 
 fn stored_digest(key: &SessionKey) -> Bytes {
     Bytes::copy_from_slice(&key.digest.0)
+}
+
+fn stored_fence(fence: &Option<Fence>) -> Option<stored::Fence> {
+    fence
+        .as_ref()
+        .map(|Fence { lock, token }| stored::Fence { lock: lock.to_string(), token: token.0 })
+}
+
+fn fence(fence: stored::Fence) -> Fence {
+    Fence { lock: Arc::from(fence.lock), token: Revision(fence.token) }
 }
 
 fn stored_attributes(attributes: &[Attribute]) -> Vec<stored::Attribute> {

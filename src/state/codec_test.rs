@@ -12,11 +12,11 @@ use proptest::prelude::*;
 use super::script_test::restored;
 use super::*;
 
-fn key() -> SessionKey {
+pub(super) fn key() -> SessionKey {
     SessionKey { namespace: Namespace("web".into()), digest: Digest(*b"0123456789abcdef") }
 }
 
-fn request(id: u64) -> Request {
+pub(super) fn request(id: u64) -> Request {
     Request { id, first_sent: Timestamp(1_000), expires: Timestamp(11_000) }
 }
 
@@ -44,11 +44,12 @@ fn update() -> Command {
         expected_version: Some(Revision(1)),
         principal: Some(None),
         idle_timeout: None,
+        fence: None,
     }
 }
 
 fn delete() -> Command {
-    Command::DeleteSession { request: request(9), key: key(), expected_version: None }
+    Command::DeleteSession { request: request(9), key: key(), expected_version: None, fence: None }
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -56,7 +57,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 /// The golden bytes called `name`, which `found` must be.
-fn golden(name: &str, found: &[u8]) -> Bytes {
+pub(super) fn golden(name: &str, found: &[u8]) -> Bytes {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/state/testscripts/stored.golden");
     let line = |line: &str| line.strip_prefix(name)?.strip_prefix(": ").map(str::to_string);
     let lines = std::fs::read_to_string(path).unwrap();
@@ -71,9 +72,16 @@ fn golden(name: &str, found: &[u8]) -> Bytes {
     bytes(&golden)
 }
 
-fn bytes(hex: &str) -> Bytes {
+pub(super) fn bytes(hex: &str) -> Bytes {
     let digit = |index| u8::from_str_radix(&hex[index..index + 2], 16).unwrap();
     (0..hex.len()).step_by(2).map(digit).collect()
+}
+
+/// The golden bytes called `name`, which an earlier level wrote and this one does not any more.
+fn earlier(name: &str) -> Bytes {
+    let lines = include_str!("testscripts/stored.golden").lines();
+    let line = |line: &'static str| line.strip_prefix(name)?.strip_prefix(": ");
+    bytes(lines.filter_map(line).next().unwrap())
 }
 
 /// A state in which one session was created and changed, and another was deleted.
@@ -90,8 +98,12 @@ fn state() -> State {
         idle_timeout: None,
         absolute_timeout: None,
     };
-    let delete_other =
-        Command::DeleteSession { request: request(11), key: other, expected_version: None };
+    let delete_other = Command::DeleteSession {
+        request: request(11),
+        key: other,
+        expected_version: None,
+        fence: None,
+    };
     for command in [create(), update(), create_other, delete_other] {
         let reply = state.apply(&command, true, &mut Vec::new());
         assert!(matches!(reply.outcome, Outcome::Written { .. }), "{command:?}: {reply:?}");
@@ -123,9 +135,11 @@ fn entries() {
         Proposal { command: command.clone(), resend: false },
         Proposal { command, resend: true },
     ];
-    let golden = golden("entry", &encode_entry(stamp, &proposals));
+    let golden = golden("entry, level 2", &encode_entry(stamp, &proposals));
     let entry = decode_entry(golden).unwrap();
-    assert_eq!(entry, Entry { stamp, feature_level: FEATURE_LEVEL, proposals });
+    let expected = Entry { stamp, feature_level: FEATURE_LEVEL, proposals };
+    assert_eq!(entry, expected);
+    assert_eq!(decode_entry(earlier("entry")).unwrap(), Entry { feature_level: 1, ..expected });
 }
 
 #[test]
@@ -159,7 +173,7 @@ fn replies() {
         Outcome::Rejected(Rejection::MalformedCommand),
     ];
     for outcome in outcomes {
-        let reply = Reply { revision: Revision(4), outcome };
+        let reply = Reply { revision: Revision(4), outcome: outcome.clone() };
         let golden = golden(&format!("reply {outcome:?}"), &encode_reply(&reply));
         assert_eq!(decode_reply(&golden).unwrap(), reply);
     }
@@ -168,15 +182,19 @@ fn replies() {
 #[test]
 fn states() {
     let state = state();
-    let header = golden("header", &state.header());
+    let header = golden("header, level 2", &state.header());
     assert_eq!(StateHeader::decode(&header).unwrap().digest(), state.digest());
+    let earlier = earlier("header");
+    assert_eq!(StateHeader::decode(&earlier).unwrap().feature_level, 1);
     // Digests are in headers, so the hash of a record is part of the format.
     golden("digest", &state.digest().0.to_be_bytes());
-    let mut restore = Restore::new(&header).unwrap();
+    // What an earlier level wrote is restored to the same, and then is of this level.
+    let mut restore = Restore::new(&earlier).unwrap();
     for (key, record) in state.records() {
         let kind = match &key {
             RecordKey::Session(_) => "session",
             RecordKey::Tombstone(_) => "tombstone",
+            key => panic!("{key:?}"),
         };
         let mut value = Vec::new();
         encode_record(&record, &mut value);
@@ -229,7 +247,8 @@ fn a_state_that_is_not_its_headers_is_refused() {
     assert_eq!(header[..2], [0x08, FEATURE_LEVEL as u8]);
     header[1] += 1;
     let newer = Restore::new(&header).unwrap_err();
-    assert!(matches!(newer, CodecError::FeatureLevel { found: 2 }), "{newer}");
+    let CodecError::FeatureLevel { found } = newer else { panic!("{newer}") };
+    assert_eq!(found, FEATURE_LEVEL + 1);
 }
 
 #[test]

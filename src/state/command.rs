@@ -3,9 +3,12 @@
 use std::borrow::Borrow;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::claim::{Claim, ClaimKey, LockKey, LockKind, LockMode};
+use super::lease::{Lease, LeaseId, LeaseKey, LeaseTombstone};
 use super::session::Session;
 use super::time::{Timeout, Timestamp};
 use super::tombstone::Tombstone;
@@ -93,6 +96,16 @@ pub struct Attribute {
     pub value: Bytes,
 }
 
+/// Makes a write to a session depend on a lock of its namespace: it is applied only while this
+/// token holds that lock and its lease is alive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fence {
+    /// The lock's name.
+    pub lock: Arc<str>,
+    /// The fencing token.
+    pub token: Revision,
+}
+
 /// A write, as the state machine sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
@@ -127,6 +140,8 @@ pub enum Command {
         principal: Option<Option<Arc<str>>>,
         /// `None` leaves it as it is.
         idle_timeout: Option<Timeout>,
+        /// A lock that must be held.
+        fence: Option<Fence>,
     },
     /// Slides a session's deadline.
     TouchSession {
@@ -143,20 +158,100 @@ pub enum Command {
         key: SessionKey,
         /// Compare and delete.
         expected_version: Option<Revision>,
+        /// A lock that must be held.
+        fence: Option<Fence>,
+    },
+    /// Grants a lease.
+    GrantLease {
+        /// What makes it happen once. The lease keeps its id for good.
+        request: Request,
+        /// The new lease.
+        key: LeaseKey,
+        /// Who holds it, for people to read: at most 256 bytes, may be empty.
+        owner: Arc<str>,
+        /// How long it lives without a renewal: 1 s to 24 h.
+        ttl: Duration,
+    },
+    /// Renews leases. It is idempotent, and names what it is for so well that it need not be dated.
+    RenewLeases {
+        /// The namespace of them all.
+        namespace: Namespace,
+        /// At most `LEASE_RENEWALS_MAX`.
+        ids: Vec<LeaseId>,
+    },
+    /// Ends a lease, and whatever hangs from it.
+    RevokeLease {
+        /// What makes it happen once.
+        request: Request,
+        /// The lease.
+        key: LeaseKey,
+    },
+    /// Claims a lock, or a share of it. One claim is made for (lock, lease, request id), however
+    /// often and by whichever way this comes.
+    AcquireLock {
+        /// Identifies the claim.
+        request: Request,
+        /// The lock.
+        lock: LockKey,
+        /// The lease that the claim hangs from.
+        lease: LeaseId,
+        /// What is wanted.
+        mode: LockMode,
+        /// How long to wait for it, on the steady clock from when this is applied: zero for not at
+        /// all, at most 10 min.
+        wait: Duration,
+        /// How long the share is kept back if the holder is lost: at most 60 s.
+        lock_delay: Duration,
+    },
+    /// Gives a lock back.
+    ReleaseLock {
+        /// What makes it happen once.
+        request: Request,
+        /// The lock.
+        lock: LockKey,
+        /// The lease that holds it, which remembers: without it, a resend of what was applied is
+        /// refused as `LockNotHeld`. A token of another lease releases nothing.
+        lease: Option<LeaseId>,
+        /// The fencing token of the grant.
+        token: Revision,
+    },
+    /// Undoes an Acquire, wherever it has got to: removes the waiter, takes the grant back, or keeps
+    /// it from being applied if it comes after this. Idempotent.
+    CancelAcquire {
+        /// Bounds its life.
+        request: Request,
+        /// The lock.
+        lock: LockKey,
+        /// The lease of the Acquire.
+        lease: LeaseId,
+        /// The request id of the Acquire.
+        acquire: u64,
+    },
+    /// Takes a lock from its holder, who learns of it when its token is worth nothing; or ends a
+    /// lock-delay. By its nature it happens once: a token that is broken is not held.
+    BreakLock {
+        /// Bounds its life.
+        request: Request,
+        /// The lock.
+        lock: LockKey,
+        /// The fencing token of the grant.
+        token: Revision,
+        /// Whether the holder's lock-delay is kept.
+        delay: bool,
     },
     /// Removes what has expired, at most `EXPIRE_BATCH_MAX` records of it.
     Tick,
 }
 
 impl Command {
-    /// The session that it is about.
+    /// The session that it is about, if it is about one.
     pub fn key(&self) -> Option<&SessionKey> {
         match self {
             Self::CreateSession { key, .. }
             | Self::UpdateSession { key, .. }
             | Self::TouchSession { key, .. }
             | Self::DeleteSession { key, .. } => Some(key),
-            Self::Tick => None,
+            _ => None,
         }
     }
 }
@@ -191,7 +286,7 @@ pub struct QueryReply {
 }
 
 /// What a command answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
     /// The revision of the change, or of the state that refused it.
     pub revision: Revision,
@@ -199,15 +294,37 @@ pub struct Reply {
     pub outcome: Outcome,
 }
 
-/// What happened to a command.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What happened to a command. It was applied, now or by an earlier sending of the same request,
+/// unless it was `Rejected`. Deadlines of leases are on the steady clock.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It was applied, now or by an earlier sending of the same request.
+    /// A session was written.
     Written {
         /// The session's version after it.
         version: Revision,
         /// When the session expires; `None` for never, or after a delete.
         deadline: Option<Timestamp>,
+    },
+    /// A lease was revoked, a lock released or broken, an Acquire cancelled.
+    Done,
+    /// A lease is there.
+    LeaseGranted {
+        /// When it ends unless it is renewed.
+        deadline: Timestamp,
+    },
+    /// Of each lease, in the order of the command, its new deadline, or `None` if it is gone.
+    LeasesRenewed(Vec<Option<Timestamp>>),
+    /// The lock is held. The reply's revision is the token, too.
+    LockGranted {
+        /// The fencing token.
+        token: Revision,
+        /// When the lease ends unless it is renewed.
+        lease_deadline: Timestamp,
+    },
+    /// The claim waits. The reply's revision is its order, by which its changes can be followed.
+    LockWaiting {
+        /// Its place in the queue, from 1, counted no further than `LOCK_POSITION_MAX`.
+        position: u32,
     },
     /// It was refused, on every node alike, and nothing changed.
     Rejected(Rejection),
@@ -234,6 +351,28 @@ pub enum Rejection {
     SessionTooLarge(u64),
     /// The session would have so many attributes.
     TooManyAttributes(u64),
+    /// The token of the fence does not hold the lock, or its lease has ended.
+    Fenced,
+    /// There is no such lease, or it has ended.
+    LeaseNotFound,
+    /// A lease of that id exists, granted by another request.
+    LeaseExists,
+    /// A lease of that id ended less than `TOMBSTONE_LIFETIME` ago.
+    LeaseIdRetired,
+    /// The namespace has so many leases.
+    TooManyLeases(u64),
+    /// Somebody holds the lock or waits for it, and the claim was not to wait.
+    LockHeld,
+    /// The token does not hold the lock: it was released or lost, or never did.
+    LockNotHeld,
+    /// The lock exists, and is of this kind.
+    LockModeMismatch(LockKind),
+    /// This very Acquire was applied before and is over: released, cancelled, broken, timed out.
+    AcquireEnded,
+    /// So many wait for the lock.
+    TooManyWaiters(u64),
+    /// So many claims hang from the lease.
+    TooManyClaims(u64),
     /// It could not be decoded. Only a defect leads here; every node refuses it alike.
     MalformedCommand,
 }
@@ -246,6 +385,25 @@ pub enum RecordKey {
     Session(SessionKey),
     /// What remains of a session for a while.
     Tombstone(SessionKey),
+    /// A lease.
+    Lease(LeaseKey),
+    /// What remains of a lease for a while.
+    LeaseTombstone(LeaseKey),
+    /// A claim on a lock.
+    Claim(ClaimKey),
+}
+
+impl RecordKey {
+    /// What kind of record it names, in a word.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Session(_) => "session",
+            Self::Tombstone(_) => "tombstone",
+            Self::Lease(_) => "lease",
+            Self::LeaseTombstone(_) => "lease tombstone",
+            Self::Claim(_) => "claim",
+        }
+    }
 }
 
 /// A record, shared with the state.
@@ -255,6 +413,12 @@ pub enum Record {
     Session(Arc<Session>),
     /// What remains of one.
     Tombstone(Arc<Tombstone>),
+    /// A lease.
+    Lease(Arc<Lease>),
+    /// What remains of one.
+    LeaseTombstone(Arc<LeaseTombstone>),
+    /// A claim on a lock.
+    Claim(Arc<Claim>),
 }
 
 /// What applying a command did to one record.
@@ -283,10 +447,34 @@ pub enum Cause {
     Touched,
     /// A Delete.
     Deleted,
-    /// Its deadline passed.
+    /// The deadline of a session or lease passed.
     Expired,
     /// A tombstone whose time was over was dropped.
     Forgotten,
+    /// A lease was granted; or a claim holds its lock, at once or when its turn came.
+    Granted,
+    /// A lease was renewed.
+    Renewed,
+    /// A lease was revoked.
+    Revoked,
+    /// A lease remembers what was done with it; nothing else of it changed.
+    Remembered,
+    /// A claim waits for its lock.
+    Queued,
+    /// A holder gave its lock back.
+    Released,
+    /// An Acquire was cancelled, whether its claim held the lock or waited.
+    Cancelled,
+    /// A waiter's deadline passed.
+    TimedOut,
+    /// The lease of a claim expired. A holder is lost, and `Delayed` if it wants a lock-delay.
+    LeaseExpired,
+    /// The lease of a claim was revoked. A holder is lost.
+    LeaseRevoked,
+    /// An operator took the lock from its holder. `Delayed` if a lock-delay was to be kept.
+    Broken,
+    /// A lock-delay was over.
+    DelayOver,
 }
 
 impl fmt::Display for Cause {
@@ -298,6 +486,18 @@ impl fmt::Display for Cause {
             Self::Deleted => "deleted",
             Self::Expired => "expired",
             Self::Forgotten => "forgotten",
+            Self::Granted => "granted",
+            Self::Renewed => "renewed",
+            Self::Revoked => "revoked",
+            Self::Remembered => "remembered",
+            Self::Queued => "queued",
+            Self::Released => "released",
+            Self::Cancelled => "cancelled",
+            Self::TimedOut => "timed out",
+            Self::LeaseExpired => "lease expired",
+            Self::LeaseRevoked => "lease revoked",
+            Self::Broken => "broken",
+            Self::DelayOver => "delay over",
         })
     }
 }

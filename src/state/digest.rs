@@ -12,7 +12,7 @@ use std::fmt;
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::command::{Revision, SessionKey};
+use super::command::{Namespace, Revision, SessionKey};
 
 /// Digest of a state's revision and records. Equal states have equal digests, whatever their
 /// histories.
@@ -28,6 +28,9 @@ impl fmt::Display for StateDigest {
 /// Kinds of records, as hashes and stored keys have them.
 pub(super) const SESSION: u8 = 1;
 pub(super) const TOMBSTONE: u8 = 2;
+pub(super) const LEASE: u8 = 10;
+pub(super) const LEASE_TOMBSTONE: u8 = 11;
+pub(super) const CLAIM: u8 = 12;
 
 /// The hash of one record: of its kind, key, fields of fixed size, and the rest.
 pub(super) fn of_record<const N: usize>(
@@ -36,18 +39,37 @@ pub(super) fn of_record<const N: usize>(
     fields: &[u64; N],
     rest: &[u8],
 ) -> u64 {
+    of_parts(kind, &key.namespace, key.digest.0, fields, rest)
+}
+
+/// The same for any record: its name is a namespace and 16 bytes.
+pub(super) fn of_parts<const N: usize>(
+    kind: u8,
+    namespace: &Namespace,
+    id: [u8; 16],
+    fields: &[u64; N],
+    rest: &[u8],
+) -> u64 {
     // Short and long parts are hashed by themselves, so that no buffer has to be filled with all
     // of them: at a million records that would be the larger part of the cost.
     let mut all = [0; 128];
     const { assert!(33 + 8 * N <= 128) };
     all[0] = kind;
-    all[1..17].copy_from_slice(&key.digest.0);
-    all[17..25].copy_from_slice(&xxh3_64(key.namespace.0.as_bytes()).to_le_bytes());
+    all[1..17].copy_from_slice(&id);
+    all[17..25].copy_from_slice(&xxh3_64(namespace.0.as_bytes()).to_le_bytes());
     all[25..33].copy_from_slice(&xxh3_64(rest).to_le_bytes());
     for (index, field) in fields.iter().enumerate() {
         all[33 + 8 * index..][..8].copy_from_slice(&field.to_le_bytes());
     }
     xxh3_64(&all[..33 + 8 * N])
+}
+
+/// Stands for a name of any length and a number in `of_parts`.
+pub(super) fn of_name(name: &str, number: Revision) -> [u8; 16] {
+    let mut id = [0; 16];
+    id[..8].copy_from_slice(&xxh3_64(name.as_bytes()).to_le_bytes());
+    id[8..].copy_from_slice(&number.0.to_le_bytes());
+    id
 }
 
 /// The digest of a state from the sum of its records' hashes.

@@ -6,25 +6,40 @@
 //! instant. A command that meets a record that is due removes it first, so that its end is an event
 //! before whatever the command does, in the order in which they happened.
 //!
-//! The end of a session leaves a tombstone, which has a deadline too, a minute later. Both kinds
-//! are swept in the one order of their deadlines.
+//! The end of a session or lease leaves a tombstone, which has a deadline too, a minute later.
+//! There are two clocks: first comes what earlier calls have left over (`settle`), then what lives
+//! by the steady clock, then what lives by cluster time, each in the order of its deadlines.
+
+use std::time::Duration;
 
 use super::State;
 use super::command::{Cause, Change, Outcome, RecordKey, Reply, SessionKey};
 use super::session::TouchNeed;
-use super::time::Timestamp;
-use crate::limits::EXPIRE_BATCH_MAX;
+use super::settle::Step;
+use super::time::{Deadlines, Stamp, Timestamp};
 
 impl State {
-    /// The earliest deadline of sessions and tombstones. Once cluster time has come to it, a `Tick`
-    /// is wanted.
-    pub fn next_deadline(&self) -> Option<Timestamp> {
-        self.records.next_deadline()
+    /// The earliest deadline on each clock. Once either has come, a `Tick` is wanted.
+    pub fn next_deadlines(&self) -> Deadlines {
+        Deadlines {
+            time: self.records.next_deadline(),
+            steady: self.records.next_steady_deadline(),
+        }
     }
 
-    /// Whether anything is due at the clock and has not been swept: another `Tick` is wanted.
+    /// Whether anything is due at the clock and has not been swept, or has been left over by a
+    /// bounded step: another `Tick` is wanted.
     pub fn has_due(&self) -> bool {
-        self.next_deadline().is_some_and(|deadline| deadline <= self.clock.time)
+        self.due_in(self.clock).is_some_and(|wait| wait.is_zero())
+    }
+
+    /// How long it is from `now` until a `Tick` is wanted: zero if one is, `None` if nothing has a
+    /// deadline. `now` may be ahead of what was applied.
+    pub fn due_in(&self, now: Stamp) -> Option<Duration> {
+        if self.records.has_backlog() {
+            return Some(Duration::ZERO);
+        }
+        self.next_deadlines().remaining(now.max(self.clock))
     }
 
     /// What has to be done about an access to a session at `now`, which is cluster time as the
@@ -36,27 +51,47 @@ impl State {
         }
     }
 
-    /// Removes what is due, at most `EXPIRE_BATCH_MAX` records, in order of deadline, namespace,
-    /// kind and digest, all at one revision.
+    /// Removes what is due and grants what that sets free, at most `EXPIRE_BATCH_MAX` records. All
+    /// that is removed before the first grant has one revision.
     pub(super) fn sweep(&mut self, changes: &mut Vec<Change>) -> Reply {
-        let mut removed = 0;
-        while removed < EXPIRE_BATCH_MAX
-            && let Some((deadline, key)) = self.records.first_deadline()
-            && deadline <= self.clock.time
-        {
-            if removed == 0 {
-                self.revision = self.next_revision();
-            }
-            match key {
-                RecordKey::Session(key) => self.expire_session(&key, changes),
-                RecordKey::Tombstone(key) => {
-                    self.put_tombstone(&key, None, Cause::Forgotten, changes);
-                }
-            }
-            removed += 1;
-        }
+        let mut step = Step::new(changes);
+        while step.has_left() && self.sweep_one(&mut step) {}
         let outcome = Outcome::Written { version: self.revision, deadline: None };
         Reply { revision: self.revision, outcome }
+    }
+
+    /// Sweeps what is first. Returns whether there was anything.
+    fn sweep_one(&mut self, step: &mut Step<'_>) -> bool {
+        if let Some((namespace, backlog)) = self.records.first_backlog() {
+            self.work_off(namespace, backlog, step);
+            return true;
+        }
+        let steady = self.records.first_steady();
+        let time = || self.records.first_deadline();
+        let due = steady.filter(|(deadline, _)| *deadline <= self.clock.steady);
+        let due = due.or_else(|| time().filter(|(deadline, _)| *deadline <= self.clock.time));
+        let Some((_, key)) = due else { return false };
+        match key {
+            // These count themselves, as they lead to more.
+            RecordKey::Lease(key) => self.expire_lease(&key, step),
+            RecordKey::Claim(key) => assert!(self.end_met(&key, step), "what is due is over"),
+            RecordKey::Session(key) => {
+                step.take();
+                self.raise(step);
+                self.expire_session(&key, step.changes);
+            }
+            RecordKey::Tombstone(key) => {
+                step.take();
+                self.raise(step);
+                self.put_tombstone(&key, None, Cause::Forgotten, step.changes);
+            }
+            RecordKey::LeaseTombstone(key) => {
+                step.take();
+                self.raise(step);
+                self.put_lease_tombstone(&key, None, Cause::Forgotten, step.changes);
+            }
+        }
+        true
     }
 
     /// Removes the session or tombstone of `key` if it is due, at a revision of its own.

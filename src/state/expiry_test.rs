@@ -36,6 +36,7 @@ fn update(state: &mut State, number: u64) -> Outcome {
         expected_version: None,
         principal: None,
         idle_timeout: None,
+        fence: None,
     };
     state.apply(&command, false, &mut Vec::new()).outcome
 }

@@ -25,47 +25,67 @@
 //! # Where things are
 //!
 //! ```text
-//! command    what goes in and comes out          apply       what commands do to sessions
-//! time       clocks and timeouts                 expiry      deadlines and the sweep
-//! session    the record, the sliding deadline    query       reads
-//! tombstone  what remains of a session           codec       bytes ⇄ all of these
-//! retry      remembered requests                 restore     a state from its records
-//! records    all records and their indexes       digest      a digest of it all
-//! namespace  those of one namespace
+//! command    what goes in and comes out          apply       what commands do to sessions,
+//! time       clocks and timeouts                 apply_lease   to leases,
+//! session    the record, the sliding deadline    apply_lock    to locks
+//! tombstone  what remains of a session           settle      who is lost, and who is next
+//! lease      the record, and what remains        expiry      deadlines and the sweep
+//! claim      a holder or waiter of a lock        query       reads of sessions,
+//! lock       its claims and their queue          query_lock    of leases and locks
+//! retry      remembered requests                 codec       bytes ⇄ all of these
+//! records    all records and their indexes       codec_coordination  those of leases and locks
+//! namespace  those of one namespace              restore     a state from its records
+//! coordination  its leases and locks             digest      a digest of it all
 //! attributes, packing: how records are made small
 //! ```
 //!
 //! # Caveats
 //!
 //! A list steps over sessions that are due but have not been swept: right after a great many
-//! expired at once it takes longer. The default timeouts are the same for all namespaces, as there
+//! expired at once it takes longer. So does one of locks whose leases have ended in great numbers,
+//! and until those are swept they count. The default timeouts are the same for all namespaces, as there
 //! are no stored policies yet.
 
 mod apply;
+mod apply_lease;
+mod apply_lock;
 mod attributes;
+mod claim;
 mod codec;
+mod codec_coordination;
 mod command;
+mod coordination;
 mod digest;
 mod expiry;
+mod lease;
+mod lock;
 mod namespace;
 mod packing;
 mod query;
+mod query_lock;
 mod records;
 mod restore;
 mod retry;
 mod session;
+mod settle;
 mod table;
 mod time;
 mod tombstone;
 
 #[cfg(test)]
+mod codec_coordination_test;
+#[cfg(test)]
 mod codec_test;
+#[cfg(test)]
+mod coordination_test;
 #[cfg(test)]
 mod expiry_test;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
 mod model_test;
+#[cfg(test)]
+mod script_lock_test;
 #[cfg(test)]
 mod script_test;
 
@@ -74,10 +94,13 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 pub use attributes::Attributes;
+pub use claim::{Claim, ClaimKey, ClaimState, LockKey, LockKind, LockMode};
 pub use codec::*;
 pub use command::*;
 pub use digest::StateDigest;
+pub use lease::{Lease, LeaseEnd, LeaseId, LeaseKey, LeaseTombstone};
 pub use namespace::NamespacePolicy;
+pub use query_lock::{ClaimView, LeaseView, LockView, Page};
 pub use restore::{Restore, StateHeader};
 pub use session::{Session, TOUCH_GRANULARITY_MAX, TouchNeed, touch_granularity};
 pub use time::*;
@@ -87,14 +110,14 @@ use records::Records;
 
 /// What this build understands. Entries and checkpoints say what it takes to understand them; a
 /// node that meets a higher level than its own must halt rather than diverge.
-pub const FEATURE_LEVEL: u32 = 1;
+pub const FEATURE_LEVEL: u32 = 2;
 
 /// The replicated state.
 ///
 /// - The clock never goes back, and nothing but `advance` moves it.
 /// - The revision is raised by one by every command that changes anything, by every sweep step that
-///   removes anything, and by every expiry of a record that a command meets; all changes of one
-///   revision come out of one call of `apply`.
+///   removes anything, by every expiry of a record that a command meets, and by every grant of a
+///   lock, whose token it is; all changes of one revision come out of one call of `apply`.
 /// - A command that is refused changes nothing, except that what it met may have expired before.
 /// - States that were fed the same entries are equal, and so is one that was restored from
 ///   another's header and records: it answers everything alike from then on.
@@ -130,9 +153,14 @@ impl State {
             Command::CreateSession { .. } => self.create_session(command, resend, changes),
             Command::UpdateSession { .. } => self.update_session(command, resend, changes),
             Command::TouchSession { request, key } => self.touch_session(request, key, changes),
-            Command::DeleteSession { request, key, expected_version } => {
-                self.delete_session(request, key, *expected_version, resend, changes)
-            }
+            Command::DeleteSession { .. } => self.delete_session(command, resend, changes),
+            Command::GrantLease { .. }
+            | Command::RenewLeases { .. }
+            | Command::RevokeLease { .. }
+            | Command::AcquireLock { .. }
+            | Command::ReleaseLock { .. }
+            | Command::CancelAcquire { .. }
+            | Command::BreakLock { .. } => self.coordinate(command, resend, changes),
             Command::Tick => Ok(self.sweep(changes)),
         };
         answer.unwrap_or_else(|rejection| self.reject(rejection))
@@ -175,6 +203,16 @@ impl State {
         self.records.tombstones()
     }
 
+    /// How many leases are stored, including those that are due and have not been swept.
+    pub fn leases(&self) -> u64 {
+        self.records.leases()
+    }
+
+    /// How many claims on locks are stored, including those that are over and have not been swept.
+    pub fn claims(&self) -> u64 {
+        self.records.claims()
+    }
+
     /// Digest of revision and records. Costs nothing: it is kept up to date.
     pub fn digest(&self) -> StateDigest {
         digest::of_state(self.revision, self.records.sum())
@@ -191,11 +229,11 @@ impl State {
             clock: self.clock,
             revision: self.revision,
             sum: self.records.sum(),
-            records: self.records.sessions() + self.records.tombstones(),
+            records: self.records.count(),
         }
     }
 
-    /// All records, by namespace, kind and digest.
+    /// All records, by namespace, kind and key.
     pub fn records(&self) -> impl Iterator<Item = (RecordKey, Record)> {
         self.records.iter()
     }

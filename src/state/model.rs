@@ -153,7 +153,7 @@ impl Model {
             | Command::UpdateSession { request, key, .. }
             | Command::DeleteSession { request, key, .. } => (request, key, false),
             Command::TouchSession { request, key } => (request, key, true),
-            Command::Tick => unreachable!("has a function of its own"),
+            _ => unreachable!("has a function of its own"),
         };
         if self.clock > request.expires.0 {
             return Err(Rejection::RequestExpired);
@@ -229,6 +229,7 @@ impl Model {
                 expected_version,
                 principal,
                 idle_timeout,
+                ..
             } => {
                 let mut session = found(key)?;
                 check(&session, expected_version)?;
@@ -261,7 +262,7 @@ impl Model {
                 self.sessions.insert(key.clone(), session);
                 return Ok(reply);
             }
-            Command::DeleteSession { request, key, expected_version } => {
+            Command::DeleteSession { request, key, expected_version, .. } => {
                 check(&found(key)?, expected_version)?;
                 memory.add(request, resend, next, clock);
                 self.sessions.remove(key);
@@ -269,7 +270,7 @@ impl Model {
                 self.revision = next;
                 return Ok(self.written(next, None));
             }
-            Command::Tick => unreachable!("has a function of its own"),
+            _ => unreachable!("has a function of its own"),
         };
         self.revision = next;
         let reply = self.written(next, session.deadline());

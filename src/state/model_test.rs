@@ -254,10 +254,12 @@ impl World {
                 set: attributes(set),
                 principal,
                 idle_timeout: idle,
+                fence: None,
             },
             Deed::Touch(key) => Command::TouchSession { request, key },
             Deed::Delete(key, expect) => {
-                Command::DeleteSession { request, expected_version: version(&key, expect), key }
+                let expected_version = version(&key, expect);
+                Command::DeleteSession { request, expected_version, key, fence: None }
             }
         }
     }
@@ -275,7 +277,7 @@ impl World {
             | Command::UpdateSession { request, key, .. }
             | Command::DeleteSession { request, key, .. } => (request, key, true),
             Command::TouchSession { request, key } => (request, key, false),
-            Command::Tick => unreachable!("not sent"),
+            _ => unreachable!("not sent"),
         };
         let is_written = matches!(reply.outcome, Outcome::Written { .. });
         if is_written && self.model.sessions.contains_key(key) && reply.revision.0 > before {
@@ -286,9 +288,9 @@ impl World {
             return;
         }
         let sent = &mut self.sent[index];
-        match (sent.revision, reply.outcome) {
+        match (sent.revision, &reply.outcome) {
             (Some(revision), Outcome::Written { version, .. }) => {
-                assert_eq!((version, reply.revision), (revision, revision), "{request:?} again");
+                assert_eq!((*version, reply.revision), (revision, revision), "{request:?} again");
             }
             (Some(_), Outcome::Rejected(rejection)) => {
                 let is_honest =
@@ -296,10 +298,11 @@ impl World {
                 assert!(is_honest, "{rejection:?} for {request:?}, which was applied");
             }
             (None, Outcome::Written { version, .. }) => {
-                assert_eq!((version.0, reply.revision), (self.model.revision, version));
-                sent.revision = Some(version);
+                assert_eq!((version.0, reply.revision), (self.model.revision, *version));
+                sent.revision = Some(*version);
             }
             (None, Outcome::Rejected(_)) => {}
+            (_, outcome) => panic!("{outcome:?}"),
         }
     }
 
@@ -372,7 +375,7 @@ impl World {
                     assert!(request.first_sent.0 > *end, "{key} came back");
                 }
             }
-            Cause::Updated | Cause::Touched | Cause::Forgotten => {}
+            _ => {}
         }
     }
 
@@ -388,8 +391,9 @@ impl World {
         let deadlines = records.values().filter_map(|record| match record {
             Record::Session(session) => session.deadline(),
             Record::Tombstone(tombstone) => Some(tombstone.deadline()),
+            _ => None,
         });
-        assert_eq!(state.next_deadline(), deadlines.min());
+        assert_eq!(state.next_deadlines().time, deadlines.min());
         for namespace in ["web", "shop"] {
             for principal in [None, Some("al"), Some("alice")] {
                 self.check_list(state, namespace, principal);

@@ -6,6 +6,7 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use super::command::Digest;
+use super::coordination::Coordination;
 use super::session::Session;
 use super::table::SessionTable;
 use super::time::{Timeout, Timestamp};
@@ -35,6 +36,7 @@ impl Default for NamespacePolicy {
 pub(super) enum Kind {
     Session,
     Tombstone,
+    LeaseTombstone,
 }
 
 /// The records of one namespace.
@@ -52,6 +54,8 @@ pub(super) struct NamespaceRecords {
     /// By kind, which keeps entries at 24 bytes.
     session_deadlines: BTreeSet<(Timestamp, Digest)>,
     tombstone_deadlines: BTreeSet<(Timestamp, Digest)>,
+    /// Leases and locks.
+    pub(super) coordination: Coordination,
 }
 
 impl NamespaceRecords {
@@ -90,11 +94,12 @@ impl NamespaceRecords {
             principals,
             session_deadlines,
             tombstone_deadlines,
+            coordination: Coordination::default(),
         })
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.sessions.is_empty() && self.tombstones.is_empty()
+        self.sessions.is_empty() && self.tombstones.is_empty() && self.coordination.is_empty()
     }
 
     pub(super) fn tombstone(&self, digest: &Digest) -> Option<&Arc<Tombstone>> {
@@ -119,13 +124,15 @@ impl NamespaceRecords {
         range.take_while(move |(other, _)| other == principal).map(|(_, digest)| *digest)
     }
 
-    /// The record that is due first.
+    /// The record that is due first in cluster time.
     pub(super) fn first_deadline(&self) -> Option<(Timestamp, Kind, Digest)> {
         let session = self.session_deadlines.first();
         let tombstone = self.tombstone_deadlines.first();
         let session = session.map(|(deadline, digest)| (*deadline, Kind::Session, *digest));
         let tombstone = tombstone.map(|(deadline, digest)| (*deadline, Kind::Tombstone, *digest));
-        session.into_iter().chain(tombstone).min()
+        let lease = self.coordination.first_tombstone();
+        let lease = lease.map(|(deadline, id)| (deadline, Kind::LeaseTombstone, Digest(id.0)));
+        session.into_iter().chain(tombstone).chain(lease).min()
     }
 
     /// Puts a session in the place of what was there, or removes it. Returns what was there.
@@ -222,5 +229,6 @@ impl NamespaceRecords {
         };
         let principals: BTreeSet<_> = self.sessions.range(None).filter_map(principal).collect();
         assert_eq!(self.principals, principals);
+        self.coordination.check();
     }
 }

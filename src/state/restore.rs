@@ -10,9 +10,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::State;
+use super::claim::Claim;
 use super::codec::{CodecError, decode_header, decode_record_with, encode_header, split_key};
-use super::command::{Digest, Namespace, Record, RecordKey, Revision, SessionKey};
-use super::digest::{SESSION, StateDigest, TOMBSTONE, of_state};
+use super::command::{Digest, Namespace, Record, RecordKey, Revision};
+use super::coordination::Coordination;
+use super::digest::{StateDigest, of_state};
+use super::lease::{Lease, LeaseId, LeaseTombstone};
 use super::namespace::NamespaceRecords;
 use super::session::Session;
 use super::time::Stamp;
@@ -65,6 +68,9 @@ pub struct Restore {
 struct Collected {
     sessions: Vec<(Digest, Arc<Session>)>,
     tombstones: Vec<(Digest, Arc<Tombstone>)>,
+    leases: Vec<(LeaseId, Arc<Lease>)>,
+    lease_tombstones: Vec<(LeaseId, Arc<LeaseTombstone>)>,
+    claims: Vec<((Arc<str>, Revision), Arc<Claim>)>,
 }
 
 impl Restore {
@@ -80,23 +86,31 @@ impl Restore {
     ///
     /// Errors: the bytes are no record, or one that this build does not know.
     pub fn insert(&mut self, key: &[u8], value: &[u8]) -> Result<(), CodecError> {
-        let (kind, namespace, digest) = split_key(key)?;
+        let (namespace, name) = split_key(key)?;
         let namespace = match self.namespaces.get_key_value(namespace) {
             Some((namespace, _)) => namespace.clone(),
             None => Namespace(Arc::from(namespace)),
         };
-        let key = SessionKey { namespace, digest };
-        let key = match kind {
-            SESSION => RecordKey::Session(key),
-            TOMBSTONE => RecordKey::Tombstone(key),
-            _ => return Err(CodecError::Malformed("a key of an unknown kind")),
-        };
+        let key = name.key(namespace.clone());
         let record = decode_record_with(&key, value, &mut self.scratch)?;
-        let (RecordKey::Session(key) | RecordKey::Tombstone(key)) = key;
-        let collected = self.namespaces.entry(key.namespace).or_default();
-        match record {
-            Record::Session(session) => collected.sessions.push((digest, session)),
-            Record::Tombstone(tombstone) => collected.tombstones.push((digest, tombstone)),
+        let collected = self.namespaces.entry(namespace).or_default();
+        match (key, record) {
+            (RecordKey::Session(key), Record::Session(session)) => {
+                collected.sessions.push((key.digest, session));
+            }
+            (RecordKey::Tombstone(key), Record::Tombstone(tombstone)) => {
+                collected.tombstones.push((key.digest, tombstone));
+            }
+            (RecordKey::Lease(key), Record::Lease(lease)) => {
+                collected.leases.push((key.id, lease));
+            }
+            (RecordKey::LeaseTombstone(key), Record::LeaseTombstone(tombstone)) => {
+                collected.lease_tombstones.push((key.id, tombstone));
+            }
+            (RecordKey::Claim(key), Record::Claim(claim)) => {
+                collected.claims.push(((key.lock.name, key.order), claim));
+            }
+            _ => unreachable!("a record is decoded to the kind of its key"),
         }
         Ok(())
     }
@@ -107,9 +121,12 @@ impl Restore {
     pub fn finish(self) -> Result<State, CodecError> {
         let mut state =
             State { clock: self.header.clock, revision: self.header.revision, ..State::default() };
-        for (name, Collected { sessions, tombstones }) in self.namespaces {
-            let records = NamespaceRecords::build(sessions, tombstones)
+        for (name, collected) in self.namespaces {
+            let Collected { sessions, tombstones, leases, lease_tombstones, claims } = collected;
+            let mut records = NamespaceRecords::build(sessions, tombstones)
                 .ok_or(CodecError::Malformed("a key that occurs twice"))?;
+            records.coordination = Coordination::build(leases, lease_tombstones, claims)
+                .ok_or(CodecError::Malformed("leases or claims that do not go together"))?;
             state.records.add_namespace(name, records);
         }
         let restored = state.state_header();

@@ -5,10 +5,12 @@
 //! difference is for a person to read. Times count from the epoch of cluster time; sessions are
 //! called by names of up to 16 characters, which stand for their digests.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
+use super::script_lock_test::{change_text, outcome_text, record_text};
 use super::*;
 
 #[test]
@@ -54,25 +56,27 @@ fn run(script: &str) -> String {
 }
 
 #[derive(Default)]
-struct Script {
-    state: State,
+pub(super) struct Script {
+    pub(super) state: State,
     /// Ids of requests that say none.
     requests: u64,
+    /// The last token of each lease on each lock.
+    pub(super) tokens: BTreeMap<(LockKey, LeaseId), Revision>,
 }
 
 /// A command's arguments: words such as `name=value`, `-name` and `word`.
-struct Words<'a>(Vec<&'a str>);
+pub(super) struct Words<'a>(pub(super) Vec<&'a str>);
 
 impl<'a> Words<'a> {
     /// Takes out the value of `name=value`.
-    fn take(&mut self, name: &str) -> Option<&'a str> {
+    pub(super) fn take(&mut self, name: &str) -> Option<&'a str> {
         let value = |word: &&'a str| word.strip_prefix(name)?.strip_prefix('=');
         let index = self.0.iter().position(|word| value(word).is_some())?;
         let word = self.0.remove(index);
         value(&word)
     }
 
-    fn take_word(&mut self, word: &str) -> bool {
+    pub(super) fn take_word(&mut self, word: &str) -> bool {
         let before = self.0.len();
         self.0.retain(|other| *other != word);
         self.0.len() < before
@@ -107,7 +111,13 @@ impl Script {
                 let Stamp { time, steady } = self.state.clock();
                 let stamp = Stamp { time: time.plus(by), steady: steady.plus(by) };
                 self.state.advance(stamp);
-                writeln!(out, "clock {}", time_text(self.state.clock().time)).unwrap();
+                self.print_clock(out);
+            }
+            // Time leaps, as it does after the whole cluster was down; the steady clock does not.
+            "jump" => {
+                let Stamp { time, steady } = self.state.clock();
+                self.state.advance(Stamp { time: time.plus(duration(words.0[0])), steady });
+                self.print_clock(out);
             }
             "create" | "update" | "touch" | "delete" | "tick" => {
                 let resend = words.take_word("resend");
@@ -134,12 +144,18 @@ impl Script {
             }
             "list" => self.list(words, out),
             "due" => {
-                let next = self.state.next_deadline().map_or("never".into(), time_text);
-                writeln!(out, "next {next}, due {}", self.state.has_due()).unwrap();
+                let Deadlines { time, steady } = self.state.next_deadlines();
+                let next = time.map_or("never".into(), time_text);
+                let steady = steady.map(|it| format!(", on the steady clock {}", time_text(it)));
+                let steady = steady.unwrap_or_default();
+                writeln!(out, "next {next}{steady}, due {}", self.state.has_due()).unwrap();
             }
             "records" => {
                 for (key, record) in self.state.records() {
-                    let (RecordKey::Session(key) | RecordKey::Tombstone(key)) = key;
+                    let (RecordKey::Session(name) | RecordKey::Tombstone(name)) = &key else {
+                        writeln!(out, "{}", record_text(&key, &record)).unwrap();
+                        continue;
+                    };
                     let text = match record {
                         Record::Session(session) => describe(&session),
                         Record::Tombstone(stone) => format!(
@@ -148,8 +164,9 @@ impl Script {
                             time_text(stone.deadline()),
                             remembered(&stone.requests()),
                         ),
+                        _ => unreachable!(),
                     };
-                    writeln!(out, "{}: {text}", key_text(&key)).unwrap();
+                    writeln!(out, "{}: {text}", key_text(name)).unwrap();
                 }
             }
             // From here on a copy goes on in the state's place.
@@ -159,8 +176,15 @@ impl Script {
                 self.state = copy;
                 writeln!(out, "same digest: {same}").unwrap();
             }
-            _ => panic!("unknown command {command}"),
+            _ => self.execute_coordination(command, words, out),
         }
+    }
+
+    fn print_clock(&self, out: &mut String) {
+        let Stamp { time, steady } = self.state.clock();
+        let differs =
+            if steady == time { "".into() } else { format!(", steady {}", time_text(steady)) };
+        writeln!(out, "clock {}{differs}", time_text(time)).unwrap();
     }
 
     fn command(&mut self, command: &str, words: &mut Words<'_>) -> Command {
@@ -168,13 +192,8 @@ impl Script {
             return Command::Tick;
         }
         let key = key(words.0.remove(0));
-        self.requests += 1;
-        let time = |text: &str| Timestamp(millis(duration(text)));
-        let id = words.take("request").map_or(1_000 + self.requests, |id| id.parse().unwrap());
-        let first_sent = words.take("sent").map_or(self.state.clock().time, time);
-        let latest = first_sent.plus(Duration::from_secs(60));
-        let expires = words.take("expires").map_or(latest, time);
-        let request = Request { id, first_sent, expires };
+        let request = self.request(words);
+        let fence = words.take("fence").map(|text| self.fence(&key.namespace, text));
         let expected_version =
             words.take("expect").map(|version| Revision(version.parse().unwrap()));
         let idle_timeout = words.take("idle").map(timeout);
@@ -202,14 +221,26 @@ impl Script {
                 expected_version,
                 principal,
                 idle_timeout,
+                fence,
             },
             "touch" => Command::TouchSession { request, key },
-            "delete" => Command::DeleteSession { request, key, expected_version },
+            "delete" => Command::DeleteSession { request, key, expected_version, fence },
             _ => unreachable!(),
         }
     }
 
-    fn apply(&mut self, command: &Command, resend: bool, out: &mut String) {
+    /// A request, as far as the words say, and otherwise a new one of now.
+    pub(super) fn request(&mut self, words: &mut Words<'_>) -> Request {
+        self.requests += 1;
+        let time = |text: &str| Timestamp(millis(duration(text)));
+        let id = words.take("request").map_or(1_000 + self.requests, |id| id.parse().unwrap());
+        let first_sent = words.take("sent").map_or(self.state.clock().time, time);
+        let latest = first_sent.plus(Duration::from_secs(60));
+        let expires = words.take("expires").map_or(latest, time);
+        Request { id, first_sent, expires }
+    }
+
+    pub(super) fn apply(&mut self, command: &Command, resend: bool, out: &mut String) {
         let mut changes = Vec::new();
         // As a command would come out of the log.
         let command = decode_command(encode_command(command)).unwrap();
@@ -223,19 +254,22 @@ impl Script {
             Outcome::Rejected(rejection) => {
                 writeln!(out, "@{revision} refused: {rejection:?}").unwrap();
             }
+            other => writeln!(out, "@{revision} {}", outcome_text(&other)).unwrap(),
         }
+        self.follow_tokens(&changes);
         for change in changes.iter().take(8) {
-            let (kind, key) = match &change.key {
-                RecordKey::Session(key) => ("session", key),
-                RecordKey::Tombstone(key) => ("tombstone", key),
+            let (revision, cause) = (change.revision, change.cause);
+            let (RecordKey::Session(key) | RecordKey::Tombstone(key)) = &change.key else {
+                writeln!(out, "  @{revision} {cause}: {}", change_text(change)).unwrap();
+                continue;
             };
+            let kind = change.key.kind();
             let what = match (&change.before, &change.after) {
                 (None, Some(_)) => "put",
                 (Some(_), Some(_)) => "changed",
                 (Some(_), None) => "removed",
                 (None, None) => "nothing",
             };
-            let (revision, cause) = (change.revision, change.cause);
             writeln!(out, "  @{revision} {cause}: {kind} {} {what}", key_text(key)).unwrap();
         }
         if changes.len() > 8 {
@@ -282,10 +316,15 @@ pub(super) fn restored(state: &State) -> State {
 
 /// `name` or `namespace/name`.
 fn key(text: &str) -> SessionKey {
-    let (namespace, name) = text.split_once('/').unwrap_or(("web", text));
+    let (namespace, name) = split_name(text);
     let mut digest = Digest([0; 16]);
     digest.0[..name.len()].copy_from_slice(name.as_bytes());
-    SessionKey { namespace: Namespace(namespace.into()), digest }
+    SessionKey { namespace, digest }
+}
+
+pub(super) fn split_name(text: &str) -> (Namespace, &str) {
+    let (namespace, name) = text.split_once('/').unwrap_or(("web", text));
+    (Namespace(namespace.into()), name)
 }
 
 fn key_text(key: &SessionKey) -> String {
@@ -315,7 +354,7 @@ fn describe(session: &Session) -> String {
     text + &remembered(&session.requests())
 }
 
-fn remembered(requests: &retry::Requests) -> String {
+pub(super) fn remembered(requests: &retry::Requests) -> String {
     let mut text = String::new();
     for (index, request) in requests.recent().iter().enumerate() {
         text += if index == 0 { ", remembers " } else { " " };
@@ -331,7 +370,7 @@ fn remembered(requests: &retry::Requests) -> String {
     text
 }
 
-fn duration(text: &str) -> Duration {
+pub(super) fn duration(text: &str) -> Duration {
     humantime::parse_duration(text).unwrap()
 }
 
@@ -347,7 +386,7 @@ fn timeout_text(timeout: Timeout) -> String {
 }
 
 /// `1h2m3s4ms`, as `humantime` has it but without the spaces.
-fn time_text(time: Timestamp) -> String {
+pub(super) fn time_text(time: Timestamp) -> String {
     let text = humantime::format_duration(Duration::from_millis(time.0)).to_string();
     text.replace(' ', "")
 }

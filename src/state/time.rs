@@ -50,6 +50,24 @@ impl Stamp {
     }
 }
 
+/// When the first record is due, on each clock.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Deadlines {
+    /// Of what lives by cluster time: sessions and tombstones. `None` if nothing ever is.
+    pub time: Option<Timestamp>,
+    /// Of what lives by the steady clock: leases, those that wait for locks, lock-delays.
+    pub steady: Option<Timestamp>,
+}
+
+impl Deadlines {
+    /// How long it is from `now` until the first of them passes; zero if one has.
+    pub fn remaining(&self, now: Stamp) -> Option<Duration> {
+        let time = self.time.map(|deadline| deadline.since(now.time));
+        let steady = self.steady.map(|deadline| deadline.since(now.steady));
+        time.into_iter().chain(steady).min()
+    }
+}
+
 /// A timeout that may be "never": a type, so that no sentinel can be taken for a length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Timeout {

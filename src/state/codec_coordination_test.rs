@@ -1,0 +1,302 @@
+//! Golden bytes of what is stored of leases and locks; see `codec_test`.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::codec_test::{golden, key, request};
+use super::script_test::restored;
+use super::*;
+
+const LEASE: LeaseId = LeaseId(*b"lease-0123456789");
+const OTHER: LeaseId = LeaseId(*b"other-0123456789");
+
+fn lease_key(id: LeaseId) -> LeaseKey {
+    LeaseKey { namespace: Namespace("web".into()), id }
+}
+
+fn lock(name: &str) -> LockKey {
+    LockKey { namespace: Namespace("web".into()), name: name.into() }
+}
+
+fn grant(id: u64, lease: LeaseId) -> Command {
+    let (key, ttl) = (lease_key(lease), Duration::from_secs(2));
+    Command::GrantLease { request: request(id), key, owner: "billing-7".into(), ttl }
+}
+
+fn acquire(id: u64, name: &str, lease: LeaseId, mode: LockMode) -> Command {
+    Command::AcquireLock {
+        request: request(id),
+        lock: lock(name),
+        lease,
+        mode,
+        wait: Duration::from_secs(3),
+        lock_delay: Duration::from_secs(60),
+    }
+}
+
+fn fence() -> Option<Fence> {
+    Some(Fence { lock: "door".into(), token: Revision(300) })
+}
+
+fn commands() -> Vec<(&'static str, Command)> {
+    let release = |lease| Command::ReleaseLock {
+        request: request(17),
+        lock: lock("door"),
+        lease,
+        token: Revision(300),
+    };
+    vec![
+        ("grant", grant(7, LEASE)),
+        (
+            "renew",
+            Command::RenewLeases {
+                namespace: Namespace("web".into()),
+                ids: vec![LEASE, OTHER, LEASE],
+            },
+        ),
+        ("revoke", Command::RevokeLease { request: request(9), key: lease_key(LEASE) }),
+        ("acquire exclusive", acquire(10, "door", LEASE, LockMode::Exclusive)),
+        ("acquire shared", acquire(11, "door", LEASE, LockMode::Shared)),
+        ("acquire permits", acquire(12, "pool", LEASE, LockMode::Permits { of: 300, take: 2 })),
+        ("release", release(Some(LEASE))),
+        ("release by token only", release(None)),
+        (
+            "cancel",
+            Command::CancelAcquire {
+                request: request(18),
+                lock: lock("door"),
+                lease: LEASE,
+                acquire: 10,
+            },
+        ),
+        (
+            "break",
+            Command::BreakLock {
+                request: request(19),
+                lock: lock("door"),
+                token: Revision(300),
+                delay: true,
+            },
+        ),
+        (
+            "update with a fence",
+            Command::UpdateSession {
+                request: request(20),
+                key: key(),
+                set: vec![],
+                remove: vec![],
+                expected_version: None,
+                principal: None,
+                idle_timeout: None,
+                fence: fence(),
+            },
+        ),
+        (
+            "delete with a fence",
+            Command::DeleteSession {
+                request: request(21),
+                key: key(),
+                expected_version: None,
+                fence: fence(),
+            },
+        ),
+    ]
+}
+
+/// A state with a lease that remembers, one that was revoked and one that has expired, and a claim
+/// of each mode and in each state.
+fn state() -> State {
+    let mut state = State::new();
+    let expired = LeaseId([9; 16]);
+    let revoked = LeaseId([8; 16]);
+    let first = [grant(1, expired), acquire(2, "delayed", expired, LockMode::Shared)];
+    let second = [
+        Command::Tick,
+        grant(3, revoked),
+        Command::RevokeLease { request: request(4), key: lease_key(revoked) },
+        grant(5, LEASE),
+        acquire(6, "door", LEASE, LockMode::Exclusive),
+        acquire(7, "door", LEASE, LockMode::Shared),
+        acquire(8, "pool", LEASE, LockMode::Permits { of: 5, take: 2 }),
+        Command::CancelAcquire {
+            request: request(9),
+            lock: lock("door"),
+            lease: LEASE,
+            acquire: 10,
+        },
+    ];
+    for (time, commands) in [(1_000, &first[..]), (3_000, &second[..])] {
+        state.advance(Stamp { time: Timestamp(time), steady: Timestamp(time - 100) });
+        for command in commands {
+            let reply = state.apply(command, true, &mut Vec::new());
+            assert!(!matches!(reply.outcome, Outcome::Rejected(_)), "{command:?}: {reply:?}");
+        }
+    }
+    state
+}
+
+#[test]
+fn commands_have_their_bytes() {
+    for (name, command) in commands() {
+        let golden = golden(&format!("command {name}"), &encode_command(&command));
+        assert_eq!(decode_command(golden).unwrap(), command);
+    }
+}
+
+#[test]
+fn replies_have_their_bytes() {
+    let mut outcomes = vec![
+        Outcome::Done,
+        Outcome::LeaseGranted { deadline: Timestamp(300) },
+        Outcome::LeasesRenewed(vec![Some(Timestamp(300)), None]),
+        Outcome::LeasesRenewed(vec![]),
+        Outcome::LockGranted { token: Revision(300), lease_deadline: Timestamp(301) },
+        Outcome::LockWaiting { position: 300 },
+    ];
+    let rejections = [
+        Rejection::Fenced,
+        Rejection::LeaseNotFound,
+        Rejection::LeaseExists,
+        Rejection::LeaseIdRetired,
+        Rejection::TooManyLeases(300),
+        Rejection::LockHeld,
+        Rejection::LockNotHeld,
+        Rejection::LockModeMismatch(LockKind::ReadWrite),
+        Rejection::LockModeMismatch(LockKind::Counted { permits: 300 }),
+        Rejection::AcquireEnded,
+        Rejection::TooManyWaiters(300),
+        Rejection::TooManyClaims(300),
+    ];
+    outcomes.extend(rejections.map(Outcome::Rejected));
+    for outcome in outcomes {
+        let name = format!("reply {outcome:?}");
+        let reply = Reply { revision: Revision(4), outcome };
+        assert_eq!(decode_reply(&golden(&name, &encode_reply(&reply))).unwrap(), reply);
+    }
+}
+
+#[test]
+fn records_have_their_bytes() {
+    let state = state();
+    let header = golden("header with leases", &state.header());
+    golden("digest with leases", &state.digest().0.to_be_bytes());
+    let mut restore = Restore::new(&header).unwrap();
+    let mut names = Vec::new();
+    for (key, record) in state.records() {
+        let name = match &record {
+            Record::Lease(_) => "lease".into(),
+            Record::LeaseTombstone(stone) => format!("lease tombstone {:?}", stone.end()),
+            Record::Claim(claim) => {
+                let state = match claim.state {
+                    ClaimState::Waiting { .. } => "waiting",
+                    ClaimState::Held { .. } => "held",
+                    ClaimState::Delayed { .. } => "delayed",
+                };
+                format!("claim {:?} {state}", claim.mode)
+            }
+            record => panic!("{record:?}"),
+        };
+        let mut value = Vec::new();
+        encode_record(&record, &mut value);
+        let golden_key = golden(&format!("{name} key"), &encode_key(&key));
+        let golden_value = golden(&name, &value);
+        assert_eq!(decode_key(&golden_key).unwrap(), key);
+        assert_eq!(decode_record(&key, &golden_value).unwrap(), record);
+        restore.insert(&golden_key, &golden_value).unwrap();
+        names.push(name);
+    }
+    assert_eq!(names.len(), 7, "{names:?}");
+    assert_eq!(restore.finish().unwrap().header(), state.header());
+}
+
+#[test]
+fn keys_of_claims_are_distinct() {
+    let key = |namespace: &str, name: &str| {
+        let lock = LockKey { namespace: Namespace(namespace.into()), name: name.into() };
+        RecordKey::Claim(ClaimKey { lock, order: Revision(1) })
+    };
+    let keys = [key("a", "bc"), key("ab", "c"), key("abc", ""), key("a", "b\0c")];
+    let encoded: std::collections::BTreeSet<_> = keys.iter().map(encode_key).collect();
+    assert_eq!(encoded.len(), keys.len());
+    assert!(keys.iter().all(|key| decode_key(&encode_key(key)).unwrap() == *key));
+}
+
+#[test]
+fn claims_that_do_not_go_together_are_refused() {
+    let state = state();
+    let put = |key: &RecordKey, record: &Record, restore: &mut Restore| {
+        let mut value = Vec::new();
+        encode_record(record, &mut value);
+        restore.insert(&encode_key(key), &value).unwrap();
+    };
+    let claims: Vec<_> =
+        state.records().filter(|(key, _)| matches!(key, RecordKey::Claim(_))).collect();
+    let (shared, permits) = (&claims[0], &claims[3]);
+    assert!(matches!(&shared.1, Record::Claim(claim) if claim.mode == LockMode::Shared));
+    let RecordKey::Claim(ClaimKey { lock, .. }) = &shared.0 else { unreachable!() };
+    // A permit of a lock that others share.
+    let stray = RecordKey::Claim(ClaimKey { lock: lock.clone(), order: Revision(99) });
+    let mut restore = Restore::new(&state.header()).unwrap();
+    put(&shared.0, &shared.1, &mut restore);
+    put(&stray, &permits.1, &mut restore);
+    assert!(matches!(restore.finish(), Err(CodecError::Malformed(_))));
+    // A token that two have.
+    let mut restore = Restore::new(&state.header()).unwrap();
+    put(&shared.0, &shared.1, &mut restore);
+    put(&stray, &shared.1, &mut restore);
+    assert!(matches!(restore.finish(), Err(CodecError::Malformed(_))));
+    // A lease that both lives and has ended.
+    let mut restore = Restore::new(&state.header()).unwrap();
+    for (key, record) in state.records() {
+        if let Record::LeaseTombstone(_) = record {
+            put(&RecordKey::LeaseTombstone(lease_key(LEASE)), &record, &mut restore);
+            break;
+        }
+        put(&key, &record, &mut restore);
+    }
+    assert!(matches!(restore.finish(), Err(CodecError::Malformed(_))));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
+
+    /// Bytes with a few of them changed, added or cut off decode to something or are refused; and
+    /// what can be decoded can be applied.
+    #[test]
+    fn damage_does_no_harm(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3),
+        length in any::<prop::sample::Index>(),
+    ) {
+        let damage = |bytes: &[u8]| {
+            let mut bytes = bytes.to_vec();
+            for (index, byte) in &changes {
+                let index = index.index(bytes.len());
+                bytes[index] = *byte;
+            }
+            bytes.truncate(length.index(2 * bytes.len()));
+            Bytes::from(bytes)
+        };
+        let mut state = state();
+        for (_, command) in commands() {
+            if let Ok(command) = decode_command(damage(&encode_command(&command))) {
+                let reply = state.apply(&command, false, &mut Vec::new());
+                state.records.check();
+                let _ = decode_reply(&damage(&encode_reply(&reply)));
+            }
+        }
+        restored(&state);
+        // With any digest, so that what was damaged comes as far as it can.
+        let mut restore = Restore::new(&damage(&state.header()))
+            .unwrap_or_else(|_| Restore::new(&state.header()).unwrap());
+        for (key, record) in state.records() {
+            let mut value = Vec::new();
+            encode_record(&record, &mut value);
+            let _ = restore.insert(&damage(&encode_key(&key)), &damage(&value));
+        }
+        if let Ok(mut state) = restore.finish() {
+            state.records.check();
+            state.apply(&Command::Tick, false, &mut Vec::new());
+        }
+    }
+}
