@@ -108,8 +108,11 @@ async fn status(client: &Client, common: &Common) -> Result<(), Failure> {
         let message = "no node answers; is it running, and is --endpoints right?";
         return Err(Failure::Unavailable(message.to_owned()));
     }
-    match disagreement(&nodes) {
-        Some(message) => Err(Failure::Failed(message)),
+    if let Some(message) = strangers(&nodes).or_else(|| disagreement(&nodes)) {
+        return Err(Failure::Failed(message));
+    }
+    match lost_majority(&nodes) {
+        Some(message) => Err(Failure::Unavailable(message)),
         None => Ok(()),
     }
 }
@@ -246,6 +249,43 @@ fn clock(status: &StatusResponse) -> Option<SystemTime> {
     status.cluster_time.and_then(|time| time.try_into().ok())
 }
 
+/// Nodes that belong to different clusters: somebody's address or data directory is wrong.
+fn strangers(nodes: &[Node]) -> Option<String> {
+    let mut members = nodes
+        .iter()
+        .filter_map(|node| node.status.as_ref().ok().map(|status| (node, status)))
+        .filter(|(_, status)| !status.cluster_id.is_empty());
+    let (first, status) = members.next()?;
+    let (other, its) = members.find(|(_, other)| other.cluster_id != status.cluster_id)?;
+    Some(format!(
+        "TWO CLUSTERS: {} belongs to cluster {} and {} to cluster {}; one of them has the wrong \
+         data directory or address, stop it before anything is written there",
+        printable(&first.address),
+        printable(&status.cluster_id),
+        printable(&other.address),
+        printable(&its.cluster_id),
+    ))
+}
+
+/// Whether the voters that answer and follow one leader are too few.
+fn lost_majority(nodes: &[Node]) -> Option<String> {
+    let answers: Vec<&StatusResponse> =
+        nodes.iter().filter_map(|node| node.status.as_ref().ok()).collect();
+    let members = answers.iter().map(|status| &status.members).max_by_key(|it| it.len())?;
+    let voters = members.iter().filter(|member| member.voter).count();
+    if voters == 0 {
+        return Some("no cluster yet: form it with `quorate cluster init`".to_owned());
+    }
+    let well = |status: &&&StatusResponse| {
+        status.leader_id != 0
+            && status.halted_reason.is_empty()
+            && members.iter().any(|member| member.voter && member.node_id == status.node_id)
+    };
+    let well = answers.iter().filter(well).count();
+    (2 * well <= voters)
+        .then(|| format!("no majority: {well} of {voters} voters answer and have a leader"))
+}
+
 /// Nodes at one revision must have one state. When they have not, replication is broken and
 /// nothing else matters.
 fn disagreement(nodes: &[Node]) -> Option<String> {
@@ -297,6 +337,37 @@ mod tests {
         let nodes = [node(1, 5, "aa"), unreachable, node(2, 5, "bb")];
         let message = disagreement(&nodes).unwrap();
         assert!(message.contains("node 1 has state aa and node 2 has state bb"), "{message}");
+    }
+
+    #[test]
+    fn a_node_of_another_cluster_is_told_apart() {
+        let mut other = node(3, 9, "cc");
+        assert_eq!(strangers(&[node(1, 5, "aa"), node(2, 5, "aa"), node(3, 9, "cc")]), None);
+        if let Ok(status) = &mut other.status {
+            status.cluster_id = "d".into();
+        }
+        let message = strangers(&[node(1, 5, "aa"), other]).unwrap();
+        assert!(message.contains("127.0.0.1:7401 belongs to cluster c and 127.0.0.1:7403"));
+    }
+
+    #[test]
+    fn fewer_voters_than_a_majority_are_a_failure() {
+        let members: Vec<crate::proto::v1::Member> = (1..=3)
+            .map(|node_id| crate::proto::v1::Member { node_id, voter: true, ..Default::default() })
+            .collect();
+        let with_leader = |node_id, leader_id| {
+            let mut node = node(node_id, 5, "aa");
+            if let Ok(status) = &mut node.status {
+                status.members = members.clone();
+                status.leader_id = leader_id;
+            }
+            node
+        };
+        let gone = || Node { node_id: 3, address: "a:1".into(), status: Err("refused".into()) };
+        assert_eq!(lost_majority(&[with_leader(1, 1), with_leader(2, 1), gone()]), None);
+        let message = lost_majority(&[with_leader(1, 0), with_leader(2, 1), gone()]).unwrap();
+        assert!(message.contains("1 of 3 voters"), "{message}");
+        assert!(lost_majority(&[node(1, 0, "")]).unwrap().contains("cluster init"));
     }
 
     #[test]

@@ -75,9 +75,6 @@ fn describe(error: &client::Error) -> String {
         Error::AlreadyExists { reason, .. } if reason == "SESSION_ID_RETIRED" => {
             "take another id, or wait a minute"
         }
-        Error::VersionMismatch { current: Some(current), .. } => {
-            return format!("{message}; its version is {current}: read it again");
-        }
         Error::VersionMismatch { .. } => "read it again",
         Error::Unavailable { reason, .. } if reason == "NOT_INITIALIZED" => {
             "form the cluster with `quorate cluster init`"
@@ -132,8 +129,10 @@ mod tests {
         let message = Failure::from(error).to_string();
         assert!(message.starts_with("session not found at all; "), "{message}");
         assert!(!message.contains('\n'));
-        let error = Error::VersionMismatch { current: Some(7), message: "no".into() };
-        assert!(Failure::from(error).to_string().contains("its version is 7"));
+        let message = "the session is at version 7".to_owned();
+        let error = Error::VersionMismatch { current: Some(7), message };
+        let message = Failure::from(error).to_string();
+        assert_eq!(message, "the session is at version 7; read it again");
     }
 
     #[test]

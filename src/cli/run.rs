@@ -116,6 +116,7 @@ async fn serve_node(
     mut stopping: watch::Receiver<bool>,
     reports: &results::Sender<Report>,
 ) -> Result<(), String> {
+    let waits_for_init = options.initial_cluster.is_empty();
     let started = async {
         let listeners = Listeners::bind(options.listen, options.peer_listen).await?;
         Server::start(options, listeners, Arc::new(SystemClock)).await
@@ -124,6 +125,12 @@ async fn serve_node(
     let node_id = server.node().node_id();
     let ready = tokio::spawn(report_ready(server.node().clone(), reports.clone()));
     tracing::info!(node_id, address = %server.address(), "listening");
+    if waits_for_init && server.node().cluster_id().is_none() {
+        tracing::info!(
+            node_id,
+            "no --initial-cluster, no cluster yet: waiting for `quorate cluster init`"
+        );
+    }
     let failed = tokio::select! {
         reason = server.failed() => Some(reason),
         _ = stopping.wait_for(|stop| *stop) => None,

@@ -365,6 +365,13 @@ pub(crate) fn dev(mut arguments: DevArguments) -> Result<ExitCode, Failure> {
 
 /// Sends log lines to standard error from now on.
 pub(crate) fn start_logging(filter: &str, format: LogFormat) -> Result<(), Failure> {
+    // The parser takes any single word for the name of a target, and then logs nothing else.
+    let is_level = |word: &str| word.parse::<tracing::level_filters::LevelFilter>().is_ok();
+    let word = filter.trim();
+    if word.chars().all(char::is_alphanumeric) && !is_level(word) {
+        let message = format!("--log {word}: not one of off, error, warn, info, debug, trace");
+        return Err(Failure::Usage(message));
+    }
     let filter = EnvFilter::try_new(filter)
         .map_err(|error| Failure::Usage(format!("--log {filter}: {error}")))?;
     let subscriber = tracing_subscriber::fmt()

@@ -61,6 +61,8 @@ enum Slot {
 
 /// What is known of the nodes.
 struct Routes {
+    /// The cluster that this client speaks to, once it is known.
+    cluster_id: Option<String>,
     configured: Vec<String>,
     learnt: Vec<String>,
     leader: Option<Leader>,
@@ -80,6 +82,7 @@ impl Pool {
             slots: (0..options.connections).map(|_| watch::Sender::new(Slot::Idle)).collect(),
             next: AtomicUsize::new(0),
             routes: Mutex::new(Routes {
+                cluster_id: None,
                 configured: options.endpoints.clone(),
                 learnt: Vec::new(),
                 leader: None,
@@ -238,6 +241,7 @@ impl Pool {
         match Connection::dial(address, self.transport, self.connect_timeout).await {
             Ok((connection, hello)) => {
                 tracing::debug!(address, node = hello.node_id, "connected");
+                self.routes().check_cluster(address, &hello)?;
                 self.learn(&hello);
                 // Sooner than usual if this is not the leader.
                 let astray = hello.leader_id != hello.node_id;
@@ -276,6 +280,9 @@ impl Pool {
 /// Learns anew from one node, and moves connections over if another node leads now.
 async fn refresh(pool: Arc<Pool>, connection: Arc<Connection>) {
     let Ok(described) = connection.describe(pool.connect_timeout).await else { return };
+    if pool.routes().check_cluster(&connection.address, &described).is_err() {
+        return;
+    }
     pool.learn(&described);
     let mut astray = described.leader_id == 0;
     for slot in &pool.slots {
@@ -301,6 +308,26 @@ async fn refresh(pool: Arc<Pool>, connection: Arc<Connection>) {
 }
 
 impl Routes {
+    /// The first node that belongs to a cluster says which one this client speaks to, for good. A
+    /// node of another one is at the wrong address, and what is written there is lost to the
+    /// others.
+    fn check_cluster(&mut self, address: &str, hello: &DescribeResponse) -> Result<(), Error> {
+        if hello.cluster_id.is_empty() {
+            return Ok(());
+        }
+        let pinned = self.cluster_id.get_or_insert_with(|| hello.cluster_id.clone());
+        if *pinned == hello.cluster_id {
+            return Ok(());
+        }
+        let message = format!(
+            "{address} belongs to cluster {}, and the other endpoints to {pinned}",
+            hello.cluster_id
+        );
+        let until = Instant::now() + UNREACHABLE_FOR;
+        self.shunned.insert(address.to_owned(), until);
+        Err(Error::Unavailable { reason: "WRONG_CLUSTER".to_owned(), message })
+    }
+
     fn learn(&mut self, hello: &DescribeResponse) {
         let leader = Leader { node_id: hello.leader_id, address: hello.leader_address.clone() };
         let known = leader.node_id != 0 && !leader.address.is_empty();
@@ -343,6 +370,7 @@ mod tests {
 
     fn routes() -> Routes {
         Routes {
+            cluster_id: None,
             configured: vec!["a:1".into(), "b:1".into()],
             learnt: Vec::new(),
             leader: None,
@@ -376,6 +404,23 @@ mod tests {
         routes.shunned.insert("a:1".into(), now + Duration::from_secs(1));
         assert_eq!(routes.candidates(now), ["b:1", "a:1", "c:1"]);
         assert_eq!(routes.candidates(now + Duration::from_secs(3)), ["c:1", "a:1", "b:1"]);
+    }
+
+    #[test]
+    fn a_node_of_another_cluster_is_not_used() {
+        let of = |cluster: &str| DescribeResponse {
+            cluster_id: cluster.to_owned(),
+            ..DescribeResponse::default()
+        };
+        let mut routes = routes();
+        // One that has not joined yet says nothing about the others.
+        assert!(routes.check_cluster("a:1", &of("")).is_ok());
+        assert!(routes.check_cluster("a:1", &of("c")).is_ok());
+        assert!(routes.check_cluster("b:1", &of("c")).is_ok());
+        let error = routes.check_cluster("b:1", &of("d")).unwrap_err();
+        assert_eq!(error.reason(), "WRONG_CLUSTER");
+        assert_eq!(routes.candidates(Instant::now()), ["a:1", "b:1"]);
+        assert!(routes.is_shunned("b:1", Instant::now()));
     }
 
     #[test]

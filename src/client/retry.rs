@@ -87,7 +87,10 @@ impl Client {
                 let connecting = self.pool.connect(index);
                 let connected = tokio::time::timeout_at(deadline, connecting).await;
                 now = Instant::now();
-                let late = |_| Err(Error::unavailable("no node could be reached"));
+                // What an earlier attempt was told says more.
+                let told = progress.last.clone();
+                let late =
+                    |_| Err(told.unwrap_or_else(|| Error::unavailable("no node could be reached")));
                 connected.unwrap_or_else(late).map_err(Failure::NotSent)?
             }
         };

@@ -47,6 +47,8 @@ struct Inner {
     slewable: u64,
     /// Peers' wall clocks in milliseconds, and the local monotonic time at which each was heard.
     walls: BTreeMap<u64, (u64, Duration)>,
+    /// The leader that spoke last, and the local monotonic time at which it did.
+    followed: Option<(u64, Duration)>,
 }
 
 impl ClusterClock {
@@ -64,6 +66,7 @@ impl ClusterClock {
             leading: false,
             slewable: 0,
             walls: BTreeMap::new(),
+            followed: None,
         };
         Self { clock, inner: Mutex::new(inner) }
     }
@@ -121,6 +124,17 @@ impl ClusterClock {
     /// Takes note of what a leader said: its time is the cluster's.
     pub(crate) fn follow(&self, node: u64, heard: Option<&peer::Clock>) {
         self.hear(node, heard, Inner::follow);
+        let at = self.monotonic();
+        self.lock().followed = Some((node, at));
+    }
+
+    /// How long that leader has said nothing; `None` if another one spoke last, or nobody did.
+    pub(crate) fn silence_of(&self, leader: u64) -> Option<Duration> {
+        let now = self.monotonic();
+        self.lock()
+            .followed
+            .filter(|(node, _)| *node == leader)
+            .map(|(_, at)| now.saturating_sub(at))
     }
 
     fn hear(&self, node: u64, heard: Option<&peer::Clock>, take: impl FnOnce(&mut Inner, Stamp)) {

@@ -8,7 +8,8 @@ use openraft::{Instant as _, ServerState};
 use super::node::Node;
 use crate::state::{Stamp, State};
 
-/// Election timeouts without a word of its majority, after which a leader may have a successor.
+/// Election timeouts without a word of its majority, after which a leader may have a successor, or
+/// without a word of the leader, after which a follower may have none.
 const SILENT_ELECTIONS_MAX: u32 = 2;
 
 /// A node's part in the cluster.
@@ -116,9 +117,19 @@ impl Node {
         self.founding().map(|founding| founding.cluster_id)
     }
 
-    /// Who leads, as far as it knows.
+    /// Who leads, as far as it knows. It does not know once nobody has spoken as that leader for
+    /// longer than an election takes: a node that cannot win one votes for nobody, and would name
+    /// a leader that is long gone.
     pub fn leader_id(&self) -> Option<u64> {
-        self.replica()?.raft.server_metrics().borrow_watched().current_leader
+        let replica = self.replica()?;
+        let leader = replica.raft.server_metrics().borrow_watched().current_leader?;
+        let silence = replica.clock.silence_of(leader);
+        let known = leader == self.node_id() || silence.is_some_and(|it| it <= self.silence_max());
+        known.then_some(leader)
+    }
+
+    fn silence_max(&self) -> Duration {
+        self.options.timeouts.election_timeout * SILENT_ELECTIONS_MAX
     }
 
     /// Whether it can serve: it belongs to a cluster, knows a leader that a majority follows as far
@@ -134,9 +145,8 @@ impl Node {
         let voters = self.members().into_iter().filter(|member| member.voter).count();
         if self.leader_id() == Some(self.node_id()) && voters > 1 {
             // Nobody deposes a leader that lost its majority: it has to notice by itself.
-            let silence_max = self.options.timeouts.election_timeout * SILENT_ELECTIONS_MAX;
             let heard = metrics.last_quorum_acked.as_deref();
-            if heard.is_none_or(|acked| acked.elapsed() > silence_max) {
+            if heard.is_none_or(|acked| acked.elapsed() > self.silence_max()) {
                 return false;
             }
         }
@@ -180,7 +190,7 @@ impl Node {
             _ => Role::Follower,
         };
         status.term = metrics.current_term;
-        status.leader_id = metrics.current_leader;
+        status.leader_id = self.leader_id();
         status.last_log_index = metrics.last_log_index.unwrap_or(0);
         status.committed_index = index(metrics.local_committed);
         status.snapshot_index = index(metrics.snapshot);

@@ -55,7 +55,7 @@ async fn a_session_lives_as_json() {
     let set = ["session", "set", id, "--output=json", "--remove=theme", &expect, &photo, "note=-"];
     let updated = ok(cluster.cli_with(&set, b"two words".to_vec()).await).json();
     let version = updated["revision"].as_u64().unwrap();
-    failed(&cluster.cli(&set).await, 4, &format!("its version is {version}"));
+    failed(&cluster.cli(&set).await, 4, &format!("at version {version}"));
 
     let by_handle = format!("--handle={handle}");
     let ways: [(&[&str], &str); 4] = [
