@@ -36,6 +36,7 @@
 //! records    all records and their indexes       codec_coordination  those of leases and locks
 //! namespace  those of one namespace              restore     a state from its records
 //! coordination  its leases and locks             digest      a digest of it all
+//! void       Acquires cancelled before they came
 //! attributes, packing: how records are made small
 //! ```
 //!
@@ -43,8 +44,8 @@
 //!
 //! A list steps over sessions that are due but have not been swept: right after a great many
 //! expired at once it takes longer. So does one of locks whose leases have ended in great numbers,
-//! and until those are swept they count. The default timeouts are the same for all namespaces, as there
-//! are no stored policies yet.
+//! and of a long queue those count until they are swept. The default timeouts are the same for all
+//! namespaces, as there are no stored policies yet.
 
 mod apply;
 mod apply_lease;
@@ -71,11 +72,14 @@ mod settle;
 mod table;
 mod time;
 mod tombstone;
+mod void;
 
 #[cfg(test)]
 mod codec_coordination_test;
 #[cfg(test)]
 mod codec_test;
+#[cfg(test)]
+mod coordination_bulk_test;
 #[cfg(test)]
 mod coordination_test;
 #[cfg(test)]
