@@ -54,6 +54,9 @@ pub const LEASE_RENEWALS_MAX: usize = 1_000;
 pub const LEASES_MAX: usize = 1_000_000;
 /// Most claims on locks that hang from one lease.
 pub const CLAIMS_PER_LEASE_MAX: usize = 16_384;
+/// Most Acquires, cancelled before they came, that one lease keeps out until they cannot come any
+/// more; as many as one client may have under way when its leader is killed.
+pub const VOIDS_PER_LEASE_MAX: usize = 256;
 /// Most claims that wait for one lock.
 pub const LOCK_WAITERS_MAX: usize = 100_000;
 /// Longest time that an Acquire waits.
@@ -79,5 +82,13 @@ pub const PROPOSAL_BYTES_PENDING_MAX: usize = 128 * 1024 * 1024;
 pub const PIPELINE_IN_FLIGHT_MAX: usize = 4_096;
 /// Reads that wait for barriers on one node before it refuses more.
 pub const READS_PENDING_MAX: usize = 65_536;
+/// KeepAlive messages under way on one stream before the server stops reading from it; each may
+/// renew a thousand leases.
+pub const KEEP_ALIVES_IN_FLIGHT_MAX: usize = 64;
+/// Calls on one node that wait for locks before it refuses more.
+pub const ACQUIRES_WAITING_MAX: usize = 131_072;
+/// Acquires that wait on one pipeline before it refuses more. They do not count as under way: a
+/// release on the same pipeline may be what they wait for.
+pub const PIPELINE_WAITING_MAX: usize = 16_384;
 /// Read barriers under way at once; the prototype gained a tenth over one.
 pub const BARRIERS_IN_FLIGHT_MAX: usize = 4;
