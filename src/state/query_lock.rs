@@ -12,8 +12,8 @@ use super::coordination::Coordination;
 use super::lease::{Lease, LeaseId, LeaseKey};
 use super::lock::Lock;
 
-/// Most claims of one lock that a read of it looks at to count those that are not over. Of the rest
-/// all are counted.
+/// Most holders, and most waiters, of one lock that a read of it looks at to count those that are
+/// not over. The rest all count.
 const COUNTED_MAX: usize = 1_000;
 /// The same for each lock on a page of a list.
 const LISTED_COUNTED_MAX: usize = 32;
@@ -37,6 +37,9 @@ pub struct LeaseView {
     /// How many claims hang from it, held or waiting; including those whose time to wait is over
     /// and which have not been swept.
     pub claims: u64,
+    /// How many of them hold their lock. Of those behind the first thousand (on a list: the first
+    /// few) all count as waiting.
+    pub held: u64,
 }
 
 /// A claim as it is read.
@@ -57,6 +60,8 @@ pub struct LockView {
     pub name: Arc<str>,
     /// What kind it is.
     pub kind: LockKind,
+    /// How much is taken of a lock with permits, also by those in their lock-delay; 0 for another.
+    pub permits_taken: u32,
     /// The first of those who hold it, or have lost it and are in their lock-delay; by token.
     pub holders: Vec<ClaimView>,
     /// How many there are.
@@ -73,7 +78,7 @@ impl State {
         let coordination = self.records.coordination(&key.namespace)?;
         let lease = coordination.lease(key.id)?;
         let is_alive = !lease.is_due(self.clock.steady);
-        is_alive.then(|| lease_view(coordination, key.id, lease))
+        is_alive.then(|| lease_view(coordination, key.id, lease, COUNTED_MAX))
     }
 
     /// Leases of a namespace by id, those behind `after`, at most `limit`.
@@ -88,7 +93,8 @@ impl State {
         };
         let leases = coordination.leases(after);
         let alive = leases.filter(|(_, lease)| !lease.is_due(self.clock.steady));
-        page(alive.map(|(id, lease)| lease_view(coordination, id, lease)), limit)
+        let view = |(id, lease)| lease_view(coordination, id, lease, LISTED_COUNTED_MAX);
+        page(alive.map(view), limit)
     }
 
     /// What hangs from a lease, held or waiting; at most `limit` claims, in no particular order.
@@ -148,20 +154,23 @@ impl State {
             let (claim, lease) = (live.claim.clone(), live.lease.cloned());
             Some(ClaimView { order, claim, lease })
         };
+        let is_live = |claim: &Arc<Claim>| self.live_claim(coordination, claim).is_some();
+        if !lock.claims().any(|(_, claim)| is_live(claim)) {
+            return None;
+        }
         let count = |claims: &mut dyn Iterator<Item = (Revision, &Arc<Claim>)>, all: usize| {
             let counted = claims.take(counted_max);
-            let live = counted.filter(|(_, claim)| self.live_claim(coordination, claim).is_some());
+            let live = counted.filter(|(_, claim)| is_live(claim));
             (live.count() + all.saturating_sub(counted_max)) as u64
         };
-        let holders_count = count(&mut lock.takers(), lock.takers_count());
-        let waiters_count = count(&mut lock.waiters(), lock.waiters_count());
-        (holders_count + waiters_count > 0).then(|| LockView {
+        Some(LockView {
             name: name.clone(),
             kind: lock.kind(),
+            permits_taken: lock.permits_taken(),
             holders: lock.takers().filter_map(look).take(limit).collect(),
-            holders_count,
+            holders_count: count(&mut lock.takers(), lock.takers_count()),
             waiters: lock.waiters().filter_map(look).take(limit).collect(),
-            waiters_count,
+            waiters_count: count(&mut lock.waiters(), lock.waiters_count()),
         })
     }
 
@@ -189,8 +198,16 @@ struct LiveClaim<'a> {
     lease: Option<&'a Arc<Lease>>,
 }
 
-fn lease_view(coordination: &Coordination, id: LeaseId, lease: &Arc<Lease>) -> LeaseView {
-    LeaseView { id, lease: lease.clone(), claims: coordination.claims_count(id) as u64 }
+fn lease_view(
+    coordination: &Coordination,
+    id: LeaseId,
+    lease: &Arc<Lease>,
+    counted_max: usize,
+) -> LeaseView {
+    let claims = coordination.ties(id).take(counted_max);
+    let claims = claims.filter_map(|(name, order)| coordination.lock(name)?.claim(order));
+    let held = claims.filter(|claim| claim.token().is_some()).count() as u64;
+    LeaseView { id, lease: lease.clone(), claims: coordination.claims_count(id) as u64, held }
 }
 
 /// The first `limit`, and whether there is another.

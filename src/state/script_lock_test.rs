@@ -225,9 +225,8 @@ fn view_text(view: &LockView, out: &mut String) {
     for view in view.holders.iter().chain(&view.waiters) {
         let (mode, state) = (mode_text(view.claim.mode), state_text(&view.claim));
         let lease = match &view.lease {
-            Some(lease) if lease.owner().is_empty() => String::new(),
-            Some(lease) => format!(" ({})", lease.owner()),
-            None => ", which is no more its holder's".into(),
+            Some(lease) if !lease.owner().is_empty() => format!(" ({})", lease.owner()),
+            Some(_) | None => String::new(),
         };
         let id = id_text(view.claim.lease);
         writeln!(out, "  #{} {mode}, lease {id}{lease}: {state}", view.order).unwrap();
@@ -300,7 +299,7 @@ pub(super) fn outcome_text(outcome: &Outcome) -> String {
             let deadlines: Vec<String> = deadlines.iter().map(text).collect();
             format!("renewed, end {}", deadlines.join(", "))
         }
-        Outcome::LockGranted { token, lease_deadline } => {
+        Outcome::LockGranted { token, lease_deadline, .. } => {
             format!("held, token {token}, lease ends {}", time_text(*lease_deadline))
         }
         Outcome::LockWaiting { position } => format!("waits, position {position}"),
