@@ -54,6 +54,9 @@ pub const LEASE_RENEWALS_MAX: usize = 1_000;
 pub const LEASES_MAX: usize = 1_000_000;
 /// Most claims on locks that hang from one lease.
 pub const CLAIMS_PER_LEASE_MAX: usize = 16_384;
+/// Most Acquires, cancelled before they came, that one lease keeps out until they cannot come any
+/// more; as many as one client may have under way when its leader is killed.
+pub const VOIDS_PER_LEASE_MAX: usize = 256;
 /// Most claims that wait for one lock.
 pub const LOCK_WAITERS_MAX: usize = 100_000;
 /// Longest time that an Acquire waits.

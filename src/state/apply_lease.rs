@@ -9,6 +9,7 @@ use super::command::{Cause, Change, Command, Namespace, Outcome, Rejection, Repl
 use super::lease::{Lease, LeaseEnd, LeaseFacts, LeaseId, LeaseKey, packed_ttl};
 use super::retry::Requests;
 use super::settle::Step;
+use super::void::Voids;
 use crate::limits::{LEASE_RENEWALS_MAX, LEASE_TTL_MAX, LEASE_TTL_MIN, LEASES_MAX, NAME_BYTES_MAX};
 
 impl State {
@@ -79,6 +80,7 @@ impl State {
             granted_by: request.id,
             owner,
             requests: Requests::default(),
+            voids: Voids::default(),
         };
         let deadline = self.clock.steady.plus(Duration::from_millis(u64::from(ttl)));
         let lease = Lease::new(key, ttl, deadline, &facts);

@@ -15,7 +15,7 @@ use super::settle::Step;
 use super::time::Timestamp;
 use crate::limits::{
     CLAIMS_PER_LEASE_MAX, LOCK_DELAY_MAX, LOCK_POSITION_MAX, LOCK_WAIT_MAX, LOCK_WAITERS_MAX,
-    NAME_BYTES_MAX, REQUEST_LIFETIME_MAX,
+    NAME_BYTES_MAX,
 };
 
 impl State {
@@ -42,11 +42,12 @@ impl State {
             return Ok(reply);
         }
         request.check(self.clock.time)?;
+        // By what is remembered now: its own claim may just have timed out.
         if self.judge_by_lease(&lease_key, request, resend)?.is_some() {
             return Err(Rejection::AcquireEnded);
         }
-        // Judged by what is remembered now: its own claim may just have timed out.
         let alive = alive.ok_or(Rejection::LeaseNotFound)?;
+        alive.facts().voids.check(request)?;
 
         self.settle(lock, step);
         let place = self.records.lock(lock);
@@ -186,17 +187,16 @@ impl State {
             self.grant_waiters(lock, step);
             return Ok(Reply { revision, outcome: Outcome::Done });
         }
-        let alive = self.records.lease(&lease_key).ok_or(Rejection::LeaseNotFound)?;
-        if alive.requests().recent().iter().any(|remembered| remembered.id == *acquire) {
-            return Ok(Reply { revision: self.revision, outcome: Outcome::Done });
+        let alive = self.records.lease(&lease_key).ok_or(Rejection::LeaseNotFound)?.clone();
+        let mut facts = alive.facts();
+        let is_known = facts.requests.recent().iter().any(|request| request.id == *acquire)
+            || facts.voids.contains(*acquire);
+        if !is_known {
+            self.raise_anew(step);
+            facts.voids.add(*acquire, request, self.clock.time);
+            let lease = alive.with_facts(&lease_key, &facts);
+            self.put_lease(&lease_key, Some(lease), Cause::Remembered, step.changes);
         }
-        // Nothing is known of the Acquire but that it was sent before this. That it is remembered
-        // as if a resend had been applied keeps a first sending out, too, once it is forgotten.
-        let first_sent = request.first_sent.max(self.clock.time);
-        let expires = first_sent.plus(REQUEST_LIFETIME_MAX);
-        let void = Request { id: *acquire, first_sent, expires };
-        self.raise_anew(step);
-        self.remember_requests(&lease_key, [(&void, true)].into_iter(), step);
         Ok(Reply { revision: self.revision, outcome: Outcome::Done })
     }
 

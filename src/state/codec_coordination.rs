@@ -11,6 +11,7 @@ use super::codec::{request_of, requests, stored_request, stored_requests};
 use super::command::{Command, Namespace, Outcome, Request, Revision};
 use super::lease::{Lease, LeaseEnd, LeaseFacts, LeaseId, LeaseKey, LeaseTombstone, packed_ttl};
 use super::time::{Timestamp, millis};
+use super::void::{Void, Voids};
 use crate::limits::{LEASE_TTL_MAX, LEASE_TTL_MIN, LOCK_DELAY_MAX};
 use crate::proto::stored;
 use crate::proto::stored::claim_record::State as StoredState;
@@ -188,17 +189,30 @@ pub(super) fn stored_lease(lease: &Lease) -> StoredRecord {
         recent: stored_requests(&facts.requests),
         forgotten: facts.requests.forgotten().0,
         forgotten_resend: facts.requests.forgotten_resend().0,
+        voids: facts.voids.list().iter().map(stored_void).collect(),
+        voids_forgotten: facts.voids.forgotten().0,
     })
+}
+
+fn stored_void(void: &Void) -> stored::Void {
+    stored::Void { id: void.id, sent: void.sent.0, expires: void.expires.0 }
+}
+
+fn void(void: &stored::Void) -> Void {
+    Void { id: void.id, sent: Timestamp(void.sent), expires: Timestamp(void.expires) }
 }
 
 pub(super) fn lease(key: &LeaseKey, lease: &stored::LeaseRecord) -> Result<Lease, CodecError> {
     let ttl = packed_ttl(Duration::from_millis(lease.ttl), LEASE_TTL_MIN..=LEASE_TTL_MAX);
+    let voids = lease.voids.iter().map(void).collect();
+    let voids = Voids::restore(voids, Timestamp(lease.voids_forgotten));
     let facts = LeaseFacts {
         granted_time: Timestamp(lease.granted_time),
         granted_revision: Revision(lease.granted_revision),
         granted_by: lease.granted_by,
         owner: &lease.owner,
         requests: requests(&lease.recent, [lease.forgotten, lease.forgotten_resend])?,
+        voids: voids.ok_or(Malformed("a lease that refuses more than it can keep"))?,
     };
     let ttl = ttl.ok_or(Malformed("a lease whose TTL is out of range"))?;
     Ok(Lease::new(key, ttl, Timestamp(lease.deadline), &facts))

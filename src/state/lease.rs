@@ -11,7 +11,8 @@
 //! and after.
 //!
 //! Requests that concern locks are remembered on the lease that they name, and the tombstone
-//! inherits them. An id is minted by the client and used once; the tombstone sees to it that a
+//! inherits them. Acquires that were cancelled before they came need no memory beyond the lease, as
+//! nothing is acquired without one. An id is minted by the client and used once; the tombstone sees to it that a
 //! Grant which comes late does not revive what has ended.
 
 use std::fmt;
@@ -23,6 +24,7 @@ use super::digest;
 use super::packing::{Reader, put_bytes, put_varint};
 use super::retry::Requests;
 use super::time::{Timestamp, millis};
+use super::void::Voids;
 use crate::limits::TOMBSTONE_LIFETIME;
 
 /// Names a lease within a namespace; minted at random by the client. Displayed in lowercase hex.
@@ -83,6 +85,7 @@ pub(super) struct LeaseFacts<'a> {
     pub(super) granted_by: u64,
     pub(super) owner: &'a str,
     pub(super) requests: Requests,
+    pub(super) voids: Voids,
 }
 
 impl Lease {
@@ -109,9 +112,9 @@ impl Lease {
         moves.then(|| Self::of_body(key, self.ttl, deadline, self.body.clone()))
     }
 
-    /// The same lease with other requests remembered.
-    pub(super) fn with_requests(&self, key: &LeaseKey, requests: Requests) -> Self {
-        Self::new(key, self.ttl, self.deadline, &LeaseFacts { requests, ..self.facts() })
+    /// The same lease with other facts.
+    pub(super) fn with_facts(&self, key: &LeaseKey, facts: &LeaseFacts<'_>) -> Self {
+        Self::new(key, self.ttl, self.deadline, facts)
     }
 
     /// Who holds it, in its own words; may be empty.
@@ -184,6 +187,7 @@ impl<'a> LeaseFacts<'a> {
         out.extend_from_slice(&self.granted_by.to_le_bytes());
         put_bytes(&mut out, self.owner.as_bytes());
         self.requests.pack(&mut out);
+        self.voids.pack(&mut out);
         out
     }
 
@@ -195,6 +199,7 @@ impl<'a> LeaseFacts<'a> {
             granted_by: u64::from_le_bytes(packed.fixed()),
             owner: packed.str(),
             requests: Requests::unpack(&mut packed),
+            voids: Voids::unpack(&mut packed),
         }
     }
 }

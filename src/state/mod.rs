@@ -36,6 +36,7 @@
 //! records    all records and their indexes       codec_coordination  those of leases and locks
 //! namespace  those of one namespace              restore     a state from its records
 //! coordination  its leases and locks             digest      a digest of it all
+//! void       Acquires cancelled before they came
 //! attributes, packing: how records are made small
 //! ```
 //!
@@ -71,11 +72,14 @@ mod settle;
 mod table;
 mod time;
 mod tombstone;
+mod void;
 
 #[cfg(test)]
 mod codec_coordination_test;
 #[cfg(test)]
 mod codec_test;
+#[cfg(test)]
+mod coordination_bulk_test;
 #[cfg(test)]
 mod coordination_test;
 #[cfg(test)]

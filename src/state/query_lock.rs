@@ -12,8 +12,8 @@ use super::coordination::Coordination;
 use super::lease::{Lease, LeaseId, LeaseKey};
 use super::lock::Lock;
 
-/// Most claims of one lock that a read of it looks at to count those that are not over. Of the rest
-/// all are counted.
+/// Most holders, and most waiters, of one lock that a read of it looks at to count those that are
+/// not over. The rest all count.
 const COUNTED_MAX: usize = 1_000;
 /// The same for each lock on a page of a list.
 const LISTED_COUNTED_MAX: usize = 32;
@@ -148,20 +148,22 @@ impl State {
             let (claim, lease) = (live.claim.clone(), live.lease.cloned());
             Some(ClaimView { order, claim, lease })
         };
+        let is_live = |claim: &Arc<Claim>| self.live_claim(coordination, claim).is_some();
+        if !lock.claims().any(|(_, claim)| is_live(claim)) {
+            return None;
+        }
         let count = |claims: &mut dyn Iterator<Item = (Revision, &Arc<Claim>)>, all: usize| {
             let counted = claims.take(counted_max);
-            let live = counted.filter(|(_, claim)| self.live_claim(coordination, claim).is_some());
+            let live = counted.filter(|(_, claim)| is_live(claim));
             (live.count() + all.saturating_sub(counted_max)) as u64
         };
-        let holders_count = count(&mut lock.takers(), lock.takers_count());
-        let waiters_count = count(&mut lock.waiters(), lock.waiters_count());
-        (holders_count + waiters_count > 0).then(|| LockView {
+        Some(LockView {
             name: name.clone(),
             kind: lock.kind(),
             holders: lock.takers().filter_map(look).take(limit).collect(),
-            holders_count,
+            holders_count: count(&mut lock.takers(), lock.takers_count()),
             waiters: lock.waiters().filter_map(look).take(limit).collect(),
-            waiters_count,
+            waiters_count: count(&mut lock.waiters(), lock.waiters_count()),
         })
     }
 

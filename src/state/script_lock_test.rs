@@ -225,9 +225,8 @@ fn view_text(view: &LockView, out: &mut String) {
     for view in view.holders.iter().chain(&view.waiters) {
         let (mode, state) = (mode_text(view.claim.mode), state_text(&view.claim));
         let lease = match &view.lease {
-            Some(lease) if lease.owner().is_empty() => String::new(),
-            Some(lease) => format!(" ({})", lease.owner()),
-            None => ", which is no more its holder's".into(),
+            Some(lease) if !lease.owner().is_empty() => format!(" ({})", lease.owner()),
+            Some(_) | None => String::new(),
         };
         let id = id_text(view.claim.lease);
         writeln!(out, "  #{} {mode}, lease {id}{lease}: {state}", view.order).unwrap();

@@ -241,8 +241,8 @@ impl State {
         }
     }
 
-    /// Has the lease of a claim that went before it remember the Acquire that made it, so that it
-    /// cannot be made again, and the request that ended it.
+    /// Has the lease of a claim that was ended before it remember the Acquire that made it, so that
+    /// it cannot be made again, and the request that ended it; as of the current revision.
     pub(super) fn remember(
         &mut self,
         namespace: &Namespace,
@@ -252,27 +252,15 @@ impl State {
     ) {
         let can_come = claim.request.expires >= self.clock.time;
         let made_by = can_come.then_some((&claim.request, claim.resend));
+        let mut list = made_by.into_iter().chain(ended_by).peekable();
         let key = LeaseKey { namespace: namespace.clone(), id: claim.lease };
-        self.remember_requests(&key, made_by.into_iter().chain(ended_by), step);
-    }
-
-    /// Has a lease remember requests, as of the current revision.
-    pub(super) fn remember_requests<'r>(
-        &mut self,
-        key: &LeaseKey,
-        list: impl Iterator<Item = (&'r Request, bool)>,
-        step: &mut Step<'_>,
-    ) {
-        let mut list = list.peekable();
-        let Some(lease) = self.records.lease(key).filter(|_| list.peek().is_some()) else {
-            return;
-        };
-        let mut requests = lease.requests();
+        let lease = self.records.lease(&key).filter(|_| list.peek().is_some());
+        let Some(lease) = lease.cloned() else { return };
+        let mut facts = lease.facts();
         for (request, resend) in list {
-            requests.remember(request, resend, self.revision, self.clock.time);
+            facts.requests.remember(request, resend, self.revision, self.clock.time);
         }
-        let lease = lease.with_requests(key, requests);
-        self.put_lease(key, Some(lease), Cause::Remembered, step.changes);
+        self.put_lease(&key, Some(lease.with_facts(&key, &facts)), Cause::Remembered, step.changes);
     }
 
     /// Refuses what depends on a lock that is not held, or whose holder's lease has ended.
