@@ -37,6 +37,8 @@ pub struct LeaseView {
     /// How many claims hang from it, held or waiting; including those whose time to wait is over
     /// and which have not been swept.
     pub claims: u64,
+    /// How many members of rings hang from it.
+    pub members: u64,
 }
 
 /// A claim as it is read.
@@ -192,7 +194,8 @@ struct LiveClaim<'a> {
 }
 
 fn lease_view(coordination: &Coordination, id: LeaseId, lease: &Arc<Lease>) -> LeaseView {
-    LeaseView { id, lease: lease.clone(), claims: coordination.claims_count(id) as u64 }
+    let claims = coordination.claims_count(id) as u64;
+    LeaseView { id, lease: lease.clone(), claims, members: coordination.members_count(id) as u64 }
 }
 
 /// The first `limit`, and whether there is another.
