@@ -36,7 +36,7 @@ pub(super) struct Coordination {
     /// On the steady clock.
     lease_deadlines: BTreeSet<(Timestamp, LeaseId)>,
     /// On the steady clock.
-    claim_deadlines: BTreeSet<(Timestamp, (Arc<str>, Revision))>,
+    claim_deadlines: BTreeSet<(Timestamp, ClaimName)>,
     /// In cluster time.
     tombstone_deadlines: BTreeSet<(Timestamp, LeaseId)>,
 }
@@ -55,6 +55,9 @@ type Tie = (LeaseId, u64, Arc<str>, Revision);
 
 /// By which a lease finds its members: lease, ring, member.
 type MemberTie = (LeaseId, Arc<str>, Arc<str>);
+
+/// What names a claim within a namespace: its lock's name, and its order.
+pub(super) type ClaimName = (Arc<str>, Revision);
 
 /// What is due on the steady clock; in this order where deadlines are equal.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -79,8 +82,7 @@ pub(super) enum Backlog {
 pub(super) struct CoordinationRecords {
     pub(super) leases: Vec<(LeaseId, Arc<Lease>)>,
     pub(super) tombstones: Vec<(LeaseId, Arc<LeaseTombstone>)>,
-    /// By lock and order.
-    pub(super) claims: Vec<((Arc<str>, Revision), Arc<Claim>)>,
+    pub(super) claims: Vec<(ClaimName, Arc<Claim>)>,
     pub(super) rings: Vec<(Arc<str>, Arc<Ring>)>,
     /// By ring and name.
     pub(super) members: Vec<((Arc<str>, Arc<str>), Arc<Member>)>,
