@@ -96,5 +96,10 @@ pub const PROPOSAL_BYTES_PENDING_MAX: usize = 128 * 1024 * 1024;
 pub const PIPELINE_IN_FLIGHT_MAX: usize = 4_096;
 /// Reads that wait for barriers on one node before it refuses more.
 pub const READS_PENDING_MAX: usize = 65_536;
+/// Calls on one node that wait for locks before it refuses more.
+pub const ACQUIRES_WAITING_MAX: usize = 131_072;
+/// Acquires that wait on one pipeline before it refuses more. They do not count as under way: a
+/// release on the same pipeline may be what they wait for.
+pub const PIPELINE_WAITING_MAX: usize = 16_384;
 /// Read barriers under way at once; the prototype gained a tenth over one.
 pub const BARRIERS_IN_FLIGHT_MAX: usize = 4;

@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use super::checkpointer::Checkpointer;
 use super::clock::ClusterClock;
 use super::convert::{Boundary, boundary_decode};
+use super::following::{Calls, Following};
 use super::types::{
     CommittedLeaderId, LogId, Member, PackReply, SnapshotMeta, StoredMembership, TypeConfig,
 };
@@ -41,9 +42,11 @@ pub(crate) struct Applied {
 ///
 /// - `inner` is locked for one entry, one batch of queries or one take of the dirty map at a time,
 ///   and never across an await.
+/// - `following` may be locked while `inner` is, not the other way round.
 pub(crate) struct Core {
     inner: Mutex<Inner>,
     applied: watch::Sender<Applied>,
+    following: Arc<Following>,
 }
 
 struct Inner {
@@ -89,6 +92,7 @@ impl Core {
                 changes: Vec::new(),
             }),
             applied: watch::Sender::new(applied),
+            following: Arc::default(),
         })
     }
 
@@ -99,6 +103,11 @@ impl Core {
     /// Looks at the state as of the last entry applied.
     pub(crate) fn read<T>(&self, look: impl FnOnce(&State) -> T) -> T {
         look(&self.lock().state)
+    }
+
+    /// The calls that wait for locks.
+    pub(crate) fn following(&self) -> &Arc<Following> {
+        &self.following
     }
 
     /// Follows how far the state machine is.
@@ -136,10 +145,11 @@ impl Core {
     }
 
     fn apply(&self, entry: super::types::Entry, wanted: bool) -> io::Result<PackReply> {
+        let mut calls = Calls::default();
         let mut inner = self.lock();
         let replies = match entry.payload {
             EntryPayload::Blank => Vec::new(),
-            EntryPayload::Normal(pack) => inner.apply_pack(pack.0, wanted)?,
+            EntryPayload::Normal(pack) => inner.apply_pack(pack.0, wanted, &self.following, &mut calls)?,
             EntryPayload::Membership(membership) => {
                 inner.membership = StoredMembership::new(Some(entry.log_id), membership);
                 Vec::new()
@@ -150,24 +160,34 @@ impl Core {
             Applied { next_index: entry.log_id.index + 1, revision: inner.state.revision() };
         drop(inner);
         self.applied.send_replace(applied);
+        calls.make();
         Ok(PackReply(replies))
     }
 
     fn install(&self, boundary: Boundary, state: State, file: SnapshotFile) {
         let mut inner = self.lock();
         let applied = Applied { next_index: boundary.next_index(), revision: state.revision() };
+        let mut calls = Calls::default();
         inner.state = state;
+        self.following.installed(&inner.state, &mut calls);
         inner.last_applied = boundary.log_id;
         inner.membership = boundary.membership;
         inner.dirty = HashMap::new();
         inner.installed = Some(file);
         drop(inner);
         self.applied.send_replace(applied);
+        calls.make();
     }
 }
 
 impl Inner {
-    fn apply_pack(&mut self, pack: Bytes, wanted: bool) -> io::Result<Vec<Reply>> {
+    fn apply_pack(
+        &mut self,
+        pack: Bytes,
+        wanted: bool,
+        following: &Following,
+        calls: &mut Calls,
+    ) -> io::Result<Vec<Reply>> {
         let entry = state::decode_entry(pack)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         if entry.feature_level > state::FEATURE_LEVEL {
@@ -195,6 +215,9 @@ impl Inner {
                     replies.push(reply);
                 }
             }
+        }
+        if !following.is_empty() {
+            following.observe(self.changes.iter(), &self.state, calls);
         }
         let traced = tracing::enabled!(target: "quorate::changes", tracing::Level::DEBUG);
         for change in self.changes.drain(..) {

@@ -2,8 +2,9 @@
 //!
 //! Reading order: [`node`](Node) owns a node's life; `formation` makes a cluster of empty nodes;
 //! `replica` is one Raft group, `recovery` what it finds on disk; `leadership` says where commands
-//! go; `proposals` packs them into entries; `barrier` makes reads linearizable; `sweeper` answers
-//! whoever has waited long enough for either; `machine` applies; `checkpointer` keeps the durable
+//! go; `lanes` says in which order, and `proposals` packs them into entries; `barrier` makes reads
+//! linearizable; `machine` applies, and `following` tells who waits for a lock; `sweeper` answers
+//! whoever has waited long enough for any of these; `checkpointer` keeps the durable
 //! copy; `clock` and `ticker` are time; `log`, `network`, `exchange` and `peer` are the disk and
 //! the wire as Raft uses them, by way of `types` and `convert`; `status` and `halt` are for the
 //! operator.
@@ -13,8 +14,10 @@ mod checkpointer;
 mod clock;
 mod convert;
 mod exchange;
+mod following;
 mod formation;
 mod halt;
+mod lanes;
 mod leadership;
 mod log;
 mod machine;
@@ -32,6 +35,7 @@ mod ticker;
 mod types;
 
 pub use checkpointer::CheckpointPolicy;
-pub use node::{Node, NodeError, NodeOptions, ReadError, WriteError};
+pub use following::ClaimEnd;
+pub use node::{Acquired, Node, NodeError, NodeOptions, ReadError, WriteError};
 pub use replica::RaftTimeouts;
 pub use status::{MemberStatus, NodeStatus, Role};

@@ -13,16 +13,20 @@ use tonic::transport::server::TcpIncoming;
 use super::barrier::BarrierError;
 use super::checkpointer::CheckpointPolicy;
 use super::formation::{self, Founding};
+use super::following::{ClaimEnd, ClaimName};
 use super::halt::Halt;
+use super::lanes::Lane;
 use super::network::{self, PEER_MESSAGE_BYTES_MAX};
 use super::peer::PeerServer;
-use super::proposals::{Lane, ProposeError};
+use super::proposals::ProposeError;
 use super::recovery::{RecoveryError, StoragePaths};
 use super::replica::{RaftTimeouts, Replica, ReplicaParts};
 use crate::clock::Clock;
 use crate::proto::peer;
 use crate::proto::peer::peer_service_server::PeerServiceServer;
-use crate::state::{Command, Reply, Stamp, State, encode_command};
+use crate::state::{
+    Command, Outcome, Rejection, Reply, Stamp, State, Timestamp, encode_command,
+};
 use crate::storage::directory::{DataDirectory, DirectoryError, Identity};
 
 /// Everything that a node needs; nothing is global.
@@ -92,6 +96,15 @@ pub enum WriteError {
     /// The node has stopped itself, for this reason.
     #[error("this node has halted: {0}")]
     Halted(String),
+}
+
+/// What an Acquire came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Acquired {
+    /// It was granted, at once or after a wait, or the wait came to another end.
+    Waited(ClaimEnd),
+    /// It was refused; and if its claim came to an end while it was under way, how.
+    Refused(Rejection, Option<ClaimEnd>),
 }
 
 /// Why a read was not answered.
@@ -345,10 +358,7 @@ impl Node {
             done(Err(self.unavailable()));
             return;
         };
-        let lane = match command {
-            Command::DeleteSession { .. } => Lane::Urgent,
-            _ => Lane::Ordinary,
-        };
+        let lane = Lane::of(command);
         let halt = self.halt.clone();
         let done = move |result: Result<Reply, ProposeError>| {
             done(result.map_err(|error| match (halt.reason(), error) {
@@ -359,6 +369,64 @@ impl Node {
             }));
         };
         replica.proposals.propose(encode_command(command), resend, deadline, lane, Box::new(done));
+    }
+
+    /// Proposes an AcquireLock, and waits for the lock where it has to. The command has to be
+    /// answered by `propose_by`, and a claim that waits is followed until `wait_until` (see
+    /// [`Node::monotonic`]); `done` is called once, by then.
+    pub fn acquire(
+        self: &Arc<Self>,
+        command: &Command,
+        resend: bool,
+        propose_by: Duration,
+        wait_until: Duration,
+        done: impl FnOnce(Result<Acquired, WriteError>) + Send + 'static,
+    ) {
+        let Command::AcquireLock { request, lock, lease, .. } = command else {
+            return done(Ok(Acquired::Refused(Rejection::MalformedCommand, None)));
+        };
+        let Some(replica) = self.replica.get() else {
+            return done(Err(self.unavailable()));
+        };
+        let name = ClaimName { lock: lock.clone(), lease: *lease, request: request.id };
+        let core = replica.core.clone();
+        let Some(ticket) = core.following().register(name) else {
+            return done(Err(WriteError::Overloaded));
+        };
+        let sweeper = replica.sweeper.clone();
+        self.write(command, resend, propose_by, move |result| {
+            let Reply { revision, outcome } = match result {
+                Ok(reply) => reply,
+                Err(error) => {
+                    core.following().forget(ticket);
+                    return done(Err(error));
+                }
+            };
+            if let Outcome::LockWaiting { .. } = outcome {
+                let told = Box::new(move |end| done(Ok(Acquired::Waited(end))));
+                let following = core.following();
+                let calls =
+                    core.read(|state| following.wait(ticket, revision, wait_until, state, told));
+                calls.make();
+                sweeper.wake();
+                return;
+            }
+            let noted = core.following().forget(ticket);
+            done(Ok(match outcome {
+                Outcome::LockGranted { token, time, lease_deadline } => {
+                    Acquired::Waited(ClaimEnd::Granted { token, time, lease_deadline })
+                }
+                Outcome::Rejected(rejection) => Acquired::Refused(rejection, noted),
+                _ => Acquired::Refused(Rejection::MalformedCommand, None),
+            }));
+        });
+    }
+
+    /// Tells all calls that wait for locks that this node is stopping.
+    pub fn stop_waiting(&self) {
+        if let Some(replica) = self.replica.get() {
+            replica.core.following().close();
+        }
     }
 
     /// Why a node that cannot date a request does not take it.
@@ -425,6 +493,12 @@ impl Node {
     pub fn cluster_time(&self) -> Option<Stamp> {
         let clock = &self.replica.get()?.clock;
         clock.is_synced().then(|| clock.now())
+    }
+
+    /// The node's estimate of the steady clock, by which leases and locks live; a bound from below
+    /// while the node has not heard of the time.
+    pub fn steady_time(&self) -> Timestamp {
+        self.replica.get().map_or(Timestamp(0), |replica| replica.clock.now().steady)
     }
 
     /// Local monotonic time, in which deadlines are given.

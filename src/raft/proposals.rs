@@ -1,14 +1,15 @@
 //! From commands to entries: the queue before Raft.
 //!
 //! Whatever has queued while the entries before were under way is packed into the next entry; no
-//! timer is involved. Entries are proposed in the order of arrival, several at a time. On a node
-//! that does not lead, packs go to the leader instead, which proposes each as one entry.
+//! timer is involved. What waits is packed in the order of arrival, except that leases go first
+//! (`lanes`), and several entries are proposed at a time. On a node that does not lead, packs go to
+//! the leader instead, which proposes each as one entry.
 //!
 //! Every command names its request, so one whose fate is unknown (the leader is gone, the stream
 //! broke) is sent again, marked as a resend, until its deadline: it happens once or says that it
 //! cannot tell. Whoever waits is answered by the deadline in any case.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,12 +18,11 @@ use tokio::sync::Notify;
 
 use super::clock::ClusterClock;
 use super::exchange::{Exchanges, Lost};
+use super::lanes::{Lane, Lanes, PROPOSAL_OVERHEAD_BYTES, Waiter};
 use super::leadership::{Leadership, Route};
 use super::sweeper::Sweeper;
 use super::types::{Pack, Raft};
-use crate::limits::{
-    ENTRIES_IN_FLIGHT_MAX, ENTRY_BYTES_MAX, PROPOSAL_BYTES_PENDING_MAX, PROPOSALS_PENDING_MAX,
-};
+use crate::limits::{ENTRIES_IN_FLIGHT_MAX, ENTRY_BYTES_MAX};
 use crate::proto::peer;
 use crate::proto::peer::exchange_request::Request as Question;
 use crate::proto::peer::exchange_response::Response as Answer;
@@ -32,8 +32,6 @@ use crate::state::{self, Outcome, Proposal, Rejection, Reply};
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pause before a pack that was turned away is proposed again, if no new leader shows up sooner.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
-/// Room in an entry for its own fields and those of each proposal.
-const PROPOSAL_OVERHEAD_BYTES: usize = 16;
 
 /// Why a command was not answered by the state machine.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -48,27 +46,6 @@ pub(crate) enum ProposeError {
 
 pub(crate) type Done = Box<dyn FnOnce(Result<Reply, ProposeError>) + Send>;
 
-/// How much may be pending before a command is refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Lane {
-    /// Up to the limits.
-    Ordinary,
-    /// Twice as much: deletes, which make room.
-    Urgent,
-    /// Always: the ticker's, of which there is one at a time.
-    Tick,
-}
-
-/// A command on its way, and who waits for it.
-struct Waiter {
-    /// Counts arrivals, so that those turned away come back in their order.
-    number: u64,
-    proposal: Proposal,
-    /// Local monotonic time.
-    deadline: Duration,
-    done: Done,
-}
-
 struct UnderWay {
     /// The earliest deadline of its waiters.
     deadline: Duration,
@@ -81,7 +58,7 @@ struct UnderWay {
 
 #[derive(Default)]
 struct Queue {
-    waiting: VecDeque<Waiter>,
+    waiting: Lanes,
     under_way: HashMap<u64, UnderWay>,
     last_pack: u64,
     last_number: u64,
@@ -141,14 +118,7 @@ impl Proposals {
     ) {
         let bytes = command.len();
         let mut queue = self.lock();
-        let count_max = match lane {
-            Lane::Ordinary => PROPOSALS_PENDING_MAX,
-            Lane::Urgent => 2 * PROPOSALS_PENDING_MAX,
-            Lane::Tick => usize::MAX,
-        };
-        let full = queue.count >= count_max
-            || lane == Lane::Ordinary && queue.bytes + bytes > PROPOSAL_BYTES_PENDING_MAX;
-        if full {
+        if !lane.admits(queue.count, queue.bytes, bytes) {
             drop(queue);
             done(Err(ProposeError::Overloaded));
             return;
@@ -158,7 +128,7 @@ impl Proposals {
         queue.last_number += 1;
         let number = queue.last_number;
         let proposal = Proposal { command, resend };
-        queue.waiting.push_back(Waiter { number, proposal, deadline, done });
+        queue.waiting.push(Waiter { number, lane, proposal, deadline, done });
         let first = queue.waiting.len() == 1;
         drop(queue);
         if first {
@@ -232,20 +202,10 @@ impl Proposals {
     fn pack(&self, target: Option<u64>) -> Option<(u64, Vec<Proposal>)> {
         let now = self.clock.monotonic();
         let mut queue = self.lock();
-        queue.waiting.front()?;
-        let mut bytes = 0;
-        let mut waiters = Vec::with_capacity(queue.waiting.len().min(4096));
-        let mut proposals = Vec::with_capacity(waiters.capacity());
-        let mut deadline = Duration::MAX;
-        while let Some(next) = queue.waiting.front() {
-            bytes += next.proposal.command.len() + PROPOSAL_OVERHEAD_BYTES;
-            if bytes > ENTRY_BYTES_MAX && !waiters.is_empty() {
-                break;
-            }
-            deadline = deadline.min(next.deadline);
-            proposals.push(next.proposal.clone());
-            waiters.push(queue.waiting.pop_front());
-        }
+        let taken = queue.waiting.take();
+        let deadline = taken.iter().map(|waiter| waiter.deadline).min()?;
+        let proposals = taken.iter().map(|waiter| waiter.proposal.clone()).collect();
+        let waiters = taken.into_iter().map(Some).collect();
         queue.last_pack += 1;
         let id = queue.last_pack;
         let gives_up = target.map(|_| now + FORWARD_TIMEOUT);
@@ -363,15 +323,13 @@ impl Proposals {
         let not_before = self.clock.monotonic() + RETRY_PAUSE;
         let mut queue = self.lock();
         queue.not_before = queue.not_before.max(not_before);
-        for mut waiter in under_way.waiters.into_iter().flatten().rev() {
+        let mut waiters: Vec<Waiter> = under_way.waiters.into_iter().flatten().collect();
+        for waiter in &mut waiters {
             waiter.proposal.resend |= unknown;
             queue.count += 1;
             queue.bytes += waiter.proposal.command.len();
-            queue.waiting.push_front(waiter);
         }
-        if !queue.waiting.iter().is_sorted_by_key(|waiter| waiter.number) {
-            queue.waiting.make_contiguous().sort_by_key(|waiter| waiter.number);
-        }
+        queue.waiting.put_back(waiters.into_iter());
         drop(queue);
         self.arrived.notify_one();
         self.sweeper.wake();
@@ -405,14 +363,9 @@ impl Proposals {
     /// Answers whoever has waited until the deadline, and gives up on nodes that do not answer.
     /// Returns whether anything is pending.
     pub(crate) fn expire(&self, now: Duration) -> bool {
-        let mut expired = Vec::new();
         let mut given_up = Vec::new();
         let mut queue = self.lock();
-        let mut kept = VecDeque::with_capacity(queue.waiting.len());
-        for waiter in std::mem::take(&mut queue.waiting) {
-            if waiter.deadline <= now { expired.push(waiter) } else { kept.push_back(waiter) }
-        }
-        queue.waiting = kept;
+        let mut expired = queue.waiting.expire(now);
         let waiting_expired = expired.len();
         for (id, under_way) in &mut queue.under_way {
             if under_way.gives_up.is_some_and(|at| at <= now) {

@@ -55,6 +55,7 @@ pub(crate) struct Replica {
     pub(crate) clock: Arc<ClusterClock>,
     pub(crate) proposals: Arc<Proposals>,
     pub(crate) barriers: Arc<Barriers>,
+    pub(crate) sweeper: Arc<Sweeper>,
     pub(crate) snapshots: PathBuf,
     pub(crate) wal: Wal,
     pub(crate) checkpointer: Checkpointer,
@@ -186,11 +187,12 @@ impl Replica {
         ));
         {
             let (proposals, barriers, clock) = (proposals.clone(), barriers.clone(), clock.clone());
+            let (following, sweeper) = (core.following().clone(), sweeper.clone());
             tasks.spawn(async move {
                 sweeper
                     .run(|| {
                         let now = clock.monotonic();
-                        proposals.expire(now) | barriers.expire(now)
+                        proposals.expire(now) | barriers.expire(now) | following.expire(now)
                     })
                     .await;
             });
@@ -213,6 +215,7 @@ impl Replica {
             clock,
             proposals,
             barriers,
+            sweeper,
             snapshots,
             wal,
             checkpointer,
@@ -273,6 +276,7 @@ impl Replica {
         // Whoever waits is told before nobody is left to tell.
         self.proposals.expire(Duration::MAX);
         self.barriers.expire(Duration::MAX);
+        self.core.following().close();
         if let Err(error) = self.raft.shutdown().await {
             tracing::warn!(%error, "raft did not stop cleanly");
         }

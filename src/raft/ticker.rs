@@ -6,9 +6,10 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::clock::ClusterClock;
+use super::lanes::Lane;
 use super::leadership::{Leadership, Route};
 use super::machine::Core;
-use super::proposals::{Lane, Proposals};
+use super::proposals::Proposals;
 use crate::state::{Command, encode_command};
 
 /// How often a leader looks for a deadline that has moved closer, or work that a command has left

@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::raft::{ReadError, WriteError};
-use crate::state::Rejection;
+use crate::state::{Cause, Rejection};
 
 /// The class of an error; becomes the gRPC code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +84,67 @@ impl Error {
     /// There is no such session.
     pub fn session_not_found() -> Self {
         Self::new(ErrorKind::NotFound, "SESSION_NOT_FOUND", "session not found")
+    }
+
+    /// There is no such lease.
+    pub fn lease_not_found() -> Self {
+        Self::new(
+            ErrorKind::NotFound,
+            "LEASE_NOT_FOUND",
+            "there is no such lease, or it has ended; what hung from it is gone",
+        )
+    }
+
+    /// Nobody holds a lock of that name or waits for it.
+    pub fn lock_not_found() -> Self {
+        Self::new(
+            ErrorKind::NotFound,
+            "LOCK_NOT_FOUND",
+            "nobody holds the lock, waits for it or is kept out of it",
+        )
+    }
+
+    /// A claim that waited is over, for this reason where that is known.
+    pub fn acquire_ended(cause: Option<Cause>) -> Self {
+        let (reason, message) = match cause {
+            Some(Cause::LeaseExpired | Cause::LeaseRevoked) => return Self::lease_not_found(),
+            Some(Cause::TimedOut) => {
+                ("LOCK_WAIT_EXPIRED", "the lock was not to be had within the time to wait")
+            }
+            Some(Cause::Cancelled) => ("ACQUIRE_CANCELLED", "this request was cancelled"),
+            _ => (
+                "ACQUIRE_ENDED",
+                "this request has claimed the lock before, and that claim is over; acquire under \
+                 a new request id",
+            ),
+        };
+        Self::new(ErrorKind::FailedPrecondition, reason, message)
+    }
+
+    /// The caller's time came before the end of its wait.
+    pub fn still_waiting() -> Self {
+        Self::new(
+            ErrorKind::DeadlineExceeded,
+            "STILL_WAITING",
+            "the request stays in line for the lock; the same request again goes on waiting, \
+             CancelAcquire ends it",
+        )
+    }
+
+    /// The same, because the node goes away.
+    pub fn stopped_waiting() -> Self {
+        Self::new(
+            ErrorKind::Unavailable,
+            "NODE_STOPPING",
+            "this node is stopping, and the request stays in line for the lock; the same request \
+             to another node goes on waiting",
+        )
+        .retry_after(Duration::ZERO)
+    }
+
+    /// Something of which there are as many as there may be.
+    pub fn too_many(what: &str, limit: u64) -> Self {
+        Self::full(what, limit)
     }
 
     fn not_initialized() -> Self {
@@ -180,16 +241,12 @@ impl Error {
                 "FENCED",
                 "the token does not hold the lock, or its lease has ended; nothing was changed",
             ),
-            Rejection::LeaseNotFound => Self::new(
-                ErrorKind::NotFound,
-                "LEASE_NOT_FOUND",
-                "there is no such lease, or it has ended",
-            ),
+            Rejection::LeaseNotFound => Self::lease_not_found(),
             Rejection::LeaseExists => {
                 Self::new(ErrorKind::AlreadyExists, "LEASE_EXISTS", "a lease of that id exists")
             }
             Rejection::LeaseIdRetired => Self::new(
-                ErrorKind::FailedPrecondition,
+                ErrorKind::AlreadyExists,
                 "LEASE_ID_RETIRED",
                 "a lease of that id has ended; grant one under a new id",
             ),
@@ -208,11 +265,7 @@ impl Error {
                 "LOCK_MODE_MISMATCH",
                 format!("the lock is in use, and of another kind: {kind}"),
             ),
-            Rejection::AcquireEnded => Self::new(
-                ErrorKind::FailedPrecondition,
-                "ACQUIRE_ENDED",
-                "this request has claimed the lock before, and that claim is over",
-            ),
+            Rejection::AcquireEnded => Self::acquire_ended(None),
             Rejection::TooManyLeases(limit) => Self::full("leases in the namespace", limit),
             Rejection::TooManyWaiters(limit) => Self::full("waiters for the lock", limit),
             Rejection::TooManyClaims(limit) => Self::full("claims on the lease", limit),

@@ -7,14 +7,25 @@
 mod caller;
 mod cluster;
 mod error;
+mod field;
+mod lease;
+mod lock;
 mod request;
 mod session;
 
 pub use caller::Caller;
 pub use cluster::Cluster;
 pub use error::{Error, ErrorKind};
-pub use request::{Call, Deadline, RequestContext};
+pub use lease::{
+    FoundLeases, GetLease, GrantedLease, LeaseTiming, Leases, ListLeases, NewLease, Renewals,
+    Renewed, RevokeLease,
+};
+pub use lock::{
+    AcquireLock, AcquiredLock, BreakLock, CancelAcquire, FoundLocks, GetLock, ListLocks, Locks,
+    ReleaseLock,
+};
+pub use request::{Call, Consistency, Deadline, RequestContext};
 pub use session::{
-    BatchGet, Consistency, Created, Deleted, Found, GetSession, ListSessions, Listed, NewSession,
-    SessionSelector, SessionUpdate, Sessions, Touched, Updated, session_digest,
+    BatchGet, Created, DeleteSession, Deleted, Found, GetSession, ListSessions, Listed, NewSession,
+    SessionFence, SessionSelector, SessionUpdate, Sessions, Touched, Updated, session_digest,
 };

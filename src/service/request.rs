@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use super::caller::Caller;
 use super::error::Error;
-use crate::limits::{REQUEST_LIFETIME_MAX, REQUEST_TIMEOUT_DEFAULT};
-use crate::raft::Node;
-use crate::state::{Request, Timestamp, millis};
+use crate::limits::{LOCK_WAIT_MAX, REQUEST_LIFETIME_MAX, REQUEST_TIMEOUT_DEFAULT};
+use crate::raft::{Node, ReadError};
+use crate::state::{Request, State, Timestamp, millis};
 
 /// Longest that a caller may wait. Leaves room, below the lifetime of a request, for the clocks of
 /// client and cluster to differ.
@@ -31,6 +31,54 @@ impl Call {
     pub fn within(node: &Node, caller: Caller, timeout: Option<Duration>) -> Self {
         let timeout = timeout.unwrap_or(REQUEST_TIMEOUT_DEFAULT).min(CALL_TIMEOUT_MAX);
         Self { caller, deadline: Deadline(node.monotonic() + timeout) }
+    }
+
+    /// A call that waits for a lock, for `wait` at most: it may take that much longer.
+    pub fn waiting(
+        node: &Node,
+        caller: Caller,
+        timeout: Option<Duration>,
+        wait: Duration,
+    ) -> Self {
+        let wait = wait.min(LOCK_WAIT_MAX);
+        let timeout = timeout.unwrap_or(wait + REQUEST_TIMEOUT_DEFAULT);
+        let timeout = timeout.min(wait + CALL_TIMEOUT_MAX);
+        Self { caller, deadline: Deadline(node.monotonic() + timeout) }
+    }
+
+    /// The same call, as far as its command has to be answered.
+    pub(super) fn proposing(self, node: &Node) -> Self {
+        let latest = Deadline(node.monotonic() + CALL_TIMEOUT_MAX);
+        Self { deadline: self.deadline.min(latest), ..self }
+    }
+}
+
+/// How fresh a read has to be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Consistency {
+    /// Reflects everything acknowledged before it began.
+    #[default]
+    Linearizable,
+    /// What this node has applied, at least up to a revision.
+    Local {
+        /// Wait for this one; 0 for none.
+        min_revision: u64,
+    },
+}
+
+/// Looks at the state of a node, as fresh as is asked.
+pub(super) fn read<T>(
+    node: &Node,
+    call: &Call,
+    consistency: Consistency,
+    look: impl FnOnce(&State) -> T + Send + 'static,
+    done: impl FnOnce(Result<T, ReadError>) + Send + 'static,
+) {
+    match consistency {
+        Consistency::Linearizable => node.read(call.deadline.0, look, done),
+        Consistency::Local { min_revision } => {
+            node.read_local(min_revision, call.deadline.0, look, done);
+        }
     }
 }
 
@@ -57,7 +105,7 @@ impl RequestIds {
     }
 
     /// The next of a sequence that visits every number once (SplitMix64), from a random start.
-    fn next(&self) -> u64 {
+    pub(super) fn next(&self) -> u64 {
         let mut id = self.0.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
         id = (id ^ (id >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         id = (id ^ (id >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

@@ -10,30 +10,17 @@ use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
 use super::error::{Error, ErrorKind};
-use super::request::{Call, RequestContext, RequestIds};
+use super::field::{invalid_page_token, page_size, parse_hex, valid_name, valid_namespace};
+use super::request::{Call, Consistency, RequestContext, RequestIds, read};
 use crate::limits::{
-    ATTRIBUTE_VALUE_BYTES_MAX, NAME_BYTES_MAX, NAMESPACE_BYTES_MAX, PAGE_SIZE_DEFAULT,
-    PAGE_SIZE_MAX, REQUEST_BYTES_MAX, SESSION_ATTRIBUTES_MAX, SESSION_BYTES_MAX,
-    SESSION_ID_CHARS_MAX, SESSION_ID_CHARS_MIN, TIMEOUT_MAX, TIMEOUT_MIN,
+    ATTRIBUTE_VALUE_BYTES_MAX, PAGE_SIZE_MAX, REQUEST_BYTES_MAX, SESSION_ATTRIBUTES_MAX,
+    SESSION_BYTES_MAX, SESSION_ID_CHARS_MAX, SESSION_ID_CHARS_MIN, TIMEOUT_MAX, TIMEOUT_MIN,
 };
-use crate::raft::{Node, ReadError, WriteError};
+use crate::raft::{Node, WriteError};
 use crate::state::{
-    Attribute, Command, Digest, Namespace, Outcome, Query, QueryReply, Rejection, Reply, Revision,
+    Attribute, Command, Digest, Fence, Namespace, Outcome, Query, QueryReply, Rejection, Reply, Revision,
     Session, SessionKey, State, Timeout, Timestamp, TouchNeed,
 };
-
-/// How fresh a read has to be.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Consistency {
-    /// Reflects everything acknowledged before it began.
-    #[default]
-    Linearizable,
-    /// What this node has applied, at least up to a revision.
-    Local {
-        /// Wait for this one; 0 for none.
-        min_revision: u64,
-    },
-}
 
 /// Names a session from outside.
 #[derive(Clone, PartialEq, Eq)]
@@ -132,6 +119,32 @@ pub struct SessionUpdate {
     pub principal: Option<String>,
     /// `None` for unchanged.
     pub idle_timeout: Option<Timeout>,
+    /// Only while this token holds the lock.
+    pub fence: Option<SessionFence>,
+}
+
+/// A lock that must be held for a write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionFence {
+    /// The lock's name.
+    pub lock: String,
+    /// The fencing token.
+    pub token: u64,
+}
+
+/// A session to be deleted.
+#[derive(Clone)]
+pub struct DeleteSession {
+    /// Identity of the request.
+    pub context: RequestContext,
+    /// Empty for `default`.
+    pub namespace: String,
+    /// Which.
+    pub session: SessionSelector,
+    /// Compare and delete.
+    pub expected_version: Option<u64>,
+    /// Only while this token holds the lock.
+    pub fence: Option<SessionFence>,
 }
 
 /// A session was changed.
@@ -288,7 +301,8 @@ impl Sessions {
             return self.get_and_touch(call, key, get.consistency, done);
         }
         let query = Query::GetSession(key.clone());
-        self.read(
+        read(
+            &self.node,
             call,
             get.consistency,
             move |state| state.query(&query),
@@ -314,7 +328,7 @@ impl Sessions {
         let now = request.first_sent;
         let touched = key.clone();
         let look = move |state: &State| (state.touch_need(&touched, now), state.query(&query));
-        self.read(&call, consistency, look, move |looked| {
+        read(&self.node, &call, consistency, look, move |looked| {
             let (need, reply) = match looked {
                 Ok(looked) => looked,
                 Err(error) => return done(Err(error.into())),
@@ -354,7 +368,7 @@ impl Sessions {
                 .collect();
             (state.revision(), sessions)
         };
-        self.read(call, get.consistency, look, move |looked| {
+        read(&self.node, call, get.consistency, look, move |looked| {
             done(looked.map_err(Error::from).and_then(|(revision, sessions)| {
                 let listed = Listed { revision, namespace, sessions, more: false };
                 fits_a_message(&listed)?;
@@ -417,7 +431,7 @@ impl Sessions {
             expected_version: update.expected_version.map(Revision),
             principal: update.principal.map(valid_principal).transpose()?,
             idle_timeout: valid_timeout("idle_timeout", update.idle_timeout)?,
-            fence: None,
+            fence: valid_fence(update.fence)?,
         })
     }
 
@@ -472,22 +486,26 @@ impl Sessions {
     pub fn delete(
         &self,
         call: &Call,
-        context: &RequestContext,
-        namespace: String,
-        session: &SessionSelector,
-        expected_version: Option<u64>,
+        delete: DeleteSession,
         done: impl FnOnce(Result<Deleted, Error>) + Send + 'static,
     ) {
-        let request = self.request_ids.complete(&self.node, call, context);
-        let (request, key) = match request.and_then(|r| Ok((r, session_key(namespace, session)?))) {
-            Ok(built) => built,
+        let resend = delete.context.resend;
+        let command = match self.delete_command(call, delete) {
+            Ok(command) => command,
             Err(error) => return done(Err(error)),
         };
-        let expected_version = expected_version.map(Revision);
-        let command = Command::DeleteSession { request, key, expected_version, fence: None };
-        self.node.write(&command, context.resend, call.deadline.0, move |result| {
+        self.node.write(&command, resend, call.deadline.0, move |result| {
             done(written(result).map(|written| Deleted { revision: written.revision }));
         });
+    }
+
+    fn delete_command(&self, call: &Call, delete: DeleteSession) -> Result<Command, Error> {
+        Ok(Command::DeleteSession {
+            request: self.request_ids.complete(&self.node, call, &delete.context)?,
+            key: session_key(delete.namespace, &delete.session)?,
+            expected_version: delete.expected_version.map(Revision),
+            fence: valid_fence(delete.fence)?,
+        })
     }
 
     /// Lists sessions in the order of their handles.
@@ -502,7 +520,8 @@ impl Sessions {
             Ok(built) => built,
             Err(error) => return done(Err(error)),
         };
-        self.read(
+        read(
+            &self.node,
             call,
             consistency,
             move |state| state.query(&query),
@@ -512,21 +531,6 @@ impl Sessions {
                 }));
             },
         );
-    }
-
-    fn read<T>(
-        &self,
-        call: &Call,
-        consistency: Consistency,
-        look: impl FnOnce(&State) -> T + Send + 'static,
-        done: impl FnOnce(Result<T, ReadError>) + Send + 'static,
-    ) {
-        match consistency {
-            Consistency::Linearizable => self.node.read(call.deadline.0, look, done),
-            Consistency::Local { min_revision } => {
-                self.node.read_local(min_revision, call.deadline.0, look, done);
-            }
-        }
     }
 }
 
@@ -590,23 +594,10 @@ fn batch_keys(
 
 fn list_query(list: ListSessions) -> Result<(Namespace, Query), Error> {
     let namespace = valid_namespace(list.namespace)?;
-    let limit = match list.page_size as usize {
-        0 => PAGE_SIZE_DEFAULT,
-        size if size <= PAGE_SIZE_MAX => size,
-        size => {
-            let limit = PAGE_SIZE_MAX as u64;
-            return Err(Error::over_limit("page_size", "sessions", size as u64, limit));
-        }
-    };
+    let limit = page_size(list.page_size)?;
     let after = match list.page_token.as_str() {
         "" => None,
-        token => Some(parse_digest(token).ok_or_else(|| {
-            Error::invalid(
-                "page_token",
-                "INVALID_PAGE_TOKEN",
-                "page_token is not the next_page_token of an earlier page",
-            )
-        })?),
+        token => Some(Digest(parse_hex(token).ok_or_else(invalid_page_token)?)),
     };
     let principal = valid_principal(list.principal)?;
     let query = Query::ListSessions { namespace: namespace.clone(), principal, after, limit };
@@ -625,7 +616,7 @@ fn selected(namespace: &Namespace, session: &SessionSelector) -> Result<Digest, 
             valid_id(id)?;
             Ok(session_digest(&namespace.0, id))
         }
-        SessionSelector::Handle(handle) => parse_digest(handle).ok_or_else(|| {
+        SessionSelector::Handle(handle) => parse_hex(handle).map(Digest).ok_or_else(|| {
             Error::invalid(
                 "session.handle",
                 "INVALID_HANDLE",
@@ -633,36 +624,6 @@ fn selected(namespace: &Namespace, session: &SessionSelector) -> Result<Digest, 
             )
         }),
     }
-}
-
-fn parse_digest(hex: &str) -> Option<Digest> {
-    if hex.len() != 32 || hex.bytes().any(|byte| byte.is_ascii_uppercase()) {
-        return None;
-    }
-    let mut digest = [0; 16];
-    for (byte, pair) in digest.iter_mut().zip(hex.as_bytes().chunks_exact(2)) {
-        let high = char::from(pair[0]).to_digit(16)?;
-        let low = char::from(pair[1]).to_digit(16)?;
-        *byte = u8::try_from(high << 4 | low).ok()?;
-    }
-    Some(Digest(digest))
-}
-
-fn valid_namespace(namespace: String) -> Result<Namespace, Error> {
-    if namespace.is_empty() {
-        return Ok(Namespace("default".into()));
-    }
-    let allowed = |byte: u8| {
-        byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'.' | b'_' | b'-')
-    };
-    if namespace.len() > NAMESPACE_BYTES_MAX || !namespace.bytes().all(allowed) {
-        return Err(Error::invalid(
-            "namespace",
-            "INVALID_NAMESPACE",
-            "a namespace has 1 to 63 characters of a-z 0-9 . _ -",
-        ));
-    }
-    Ok(Namespace(namespace.into()))
 }
 
 /// Ids are cookie values (RFC 6265 cookie-octet), less those that break in headers and URLs.
@@ -680,19 +641,17 @@ fn valid_id(id: &str) -> Result<(), Error> {
     Ok(())
 }
 
-fn valid_name(field: &'static str, name: &str) -> Result<(), Error> {
-    if name.is_empty() {
-        return Err(Error::invalid(field, "INVALID_NAME", format!("{field}: a name is empty")));
-    }
-    if name.len() > NAME_BYTES_MAX {
-        return Err(Error::over_limit(
-            field,
-            "bytes in a name",
-            name.len() as u64,
-            NAME_BYTES_MAX as u64,
+fn valid_fence(fence: Option<SessionFence>) -> Result<Option<Fence>, Error> {
+    let Some(SessionFence { lock, token }) = fence else { return Ok(None) };
+    valid_name("fence.lock", &lock)?;
+    if token == 0 {
+        return Err(Error::invalid(
+            "fence.token",
+            "INVALID_FENCE",
+            "fence.token is 0; set it to the token that AcquireLock answered",
         ));
     }
-    Ok(())
+    Ok(Some(Fence { lock: lock.into(), token: Revision(token) }))
 }
 
 fn valid_principal(principal: String) -> Result<Option<Arc<str>>, Error> {

@@ -88,7 +88,9 @@ impl State {
         let key = ClaimKey { lock: lock.clone(), order };
         let (state, cause, outcome) = if is_free {
             let state = ClaimState::Held { token: order, time: self.clock.time };
-            (state, Cause::Granted, Outcome::LockGranted { token: order, lease_deadline })
+            let time = self.clock.time;
+            let outcome = Outcome::LockGranted { token: order, time, lease_deadline };
+            (state, Cause::Granted, outcome)
         } else {
             let state = ClaimState::Waiting { deadline: self.clock.steady.plus(*wait) };
             let position = (waiters + 1).min(LOCK_POSITION_MAX) as u32;
@@ -122,9 +124,9 @@ impl State {
         }
         let place = self.records.lock(lock)?;
         match place.claim(key.order)?.state {
-            ClaimState::Held { token, .. } => {
+            ClaimState::Held { token, time } => {
                 let lease_deadline = self.records.lease(lease)?.deadline();
-                let outcome = Outcome::LockGranted { token, lease_deadline };
+                let outcome = Outcome::LockGranted { token, time, lease_deadline };
                 Some(Reply { revision: token, outcome })
             }
             ClaimState::Waiting { .. } => {

@@ -141,9 +141,9 @@ pub(super) fn stored_outcome(outcome: &Outcome) -> StoredOutcome {
             let deadlines = deadlines.iter().map(deadline).collect();
             StoredOutcome::LeasesRenewed(stored::LeasesRenewed { deadlines })
         }
-        Outcome::LockGranted { token, lease_deadline } => {
-            let (token, lease_deadline) = (token.0, lease_deadline.0);
-            StoredOutcome::LockGranted(stored::LockGranted { token, lease_deadline })
+        Outcome::LockGranted { token, time, lease_deadline } => {
+            let (token, time, lease_deadline) = (token.0, time.0, lease_deadline.0);
+            StoredOutcome::LockGranted(stored::LockGranted { token, lease_deadline, time })
         }
         Outcome::LockWaiting { position } => {
             StoredOutcome::LockWaiting(stored::LockWaiting { position: *position })
@@ -170,9 +170,9 @@ pub(super) fn outcome(outcome: StoredOutcome) -> Result<Outcome, CodecError> {
             let deadline = |deadline| (deadline > 0).then_some(Timestamp(deadline));
             Outcome::LeasesRenewed(deadlines.into_iter().map(deadline).collect())
         }
-        StoredOutcome::LockGranted(stored::LockGranted { token, lease_deadline }) => {
-            let (token, lease_deadline) = (Revision(token), Timestamp(lease_deadline));
-            Outcome::LockGranted { token, lease_deadline }
+        StoredOutcome::LockGranted(stored::LockGranted { token, lease_deadline, time }) => {
+            let (time, lease_deadline) = (Timestamp(time), Timestamp(lease_deadline));
+            Outcome::LockGranted { token: Revision(token), time, lease_deadline }
         }
         StoredOutcome::LockWaiting(stored::LockWaiting { position }) => {
             Outcome::LockWaiting { position }

@@ -170,7 +170,11 @@ fn replies_have_their_bytes() {
         Outcome::LeaseGranted { deadline: Timestamp(300) },
         Outcome::LeasesRenewed(vec![Some(Timestamp(300)), None]),
         Outcome::LeasesRenewed(vec![]),
-        Outcome::LockGranted { token: Revision(300), lease_deadline: Timestamp(301) },
+        Outcome::LockGranted {
+            token: Revision(300),
+            time: Timestamp(302),
+            lease_deadline: Timestamp(301),
+        },
         Outcome::LockWaiting { position: 300 },
         Outcome::RingJoined { lease_deadline: Timestamp(301) },
     ];

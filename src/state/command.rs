@@ -340,6 +340,8 @@ pub enum Outcome {
     LockGranted {
         /// The fencing token.
         token: Revision,
+        /// Cluster time of the grant.
+        time: Timestamp,
         /// When the lease ends unless it is renewed.
         lease_deadline: Timestamp,
     },

@@ -455,7 +455,7 @@ impl World {
                     .find(|(_, it)| it.lease == *lease && it.request.id == request.id);
                 let was_made = self.made.contains(&identity);
                 match outcome {
-                    Outcome::LockGranted { token, lease_deadline } => {
+                    Outcome::LockGranted { token, lease_deadline, .. } => {
                         assert_eq!(reply.revision, *token);
                         assert_eq!(claim.unwrap().1.token(), Some(*token));
                         assert!(*lease_deadline > self.clock.steady && was_alive.contains(lease));

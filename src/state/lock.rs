@@ -84,6 +84,15 @@ impl Lock {
         self.waiters.range(..=order).take(most).count()
     }
 
+    /// How many permits are taken; 0 for a lock without.
+    pub(super) fn permits_taken(&self) -> u32 {
+        match self.kind {
+            LockKind::ReadWrite => 0,
+            // At most as many as there are, which fits.
+            LockKind::Counted { permits } => u32::try_from(self.taken).unwrap_or(permits),
+        }
+    }
+
     /// Whether so much is left.
     pub(super) fn has_room_for(&self, mode: LockMode) -> bool {
         self.taken.saturating_add(mode.share()) <= self.kind.capacity()

@@ -37,6 +37,9 @@ pub struct LeaseView {
     /// How many claims hang from it, held or waiting; including those whose time to wait is over
     /// and which have not been swept.
     pub claims: u64,
+    /// How many of them hold their lock. Of those behind the first thousand (on a list: the first
+    /// few) all count as waiting.
+    pub held: u64,
     /// How many members of rings hang from it.
     pub members: u64,
 }
@@ -59,6 +62,8 @@ pub struct LockView {
     pub name: Arc<str>,
     /// What kind it is.
     pub kind: LockKind,
+    /// How much is taken of a lock with permits, also by those in their lock-delay; 0 for another.
+    pub permits_taken: u32,
     /// The first of those who hold it, or have lost it and are in their lock-delay; by token.
     pub holders: Vec<ClaimView>,
     /// How many there are.
@@ -75,7 +80,7 @@ impl State {
         let coordination = self.records.coordination(&key.namespace)?;
         let lease = coordination.lease(key.id)?;
         let is_alive = !lease.is_due(self.clock.steady);
-        is_alive.then(|| lease_view(coordination, key.id, lease))
+        is_alive.then(|| lease_view(coordination, key.id, lease, COUNTED_MAX))
     }
 
     /// Leases of a namespace by id, those behind `after`, at most `limit`.
@@ -90,7 +95,8 @@ impl State {
         };
         let leases = coordination.leases(after);
         let alive = leases.filter(|(_, lease)| !lease.is_due(self.clock.steady));
-        page(alive.map(|(id, lease)| lease_view(coordination, id, lease)), limit)
+        let view = |(id, lease)| lease_view(coordination, id, lease, LISTED_COUNTED_MAX);
+        page(alive.map(view), limit)
     }
 
     /// What hangs from a lease, held or waiting; at most `limit` claims, in no particular order.
@@ -162,6 +168,7 @@ impl State {
         Some(LockView {
             name: name.clone(),
             kind: lock.kind(),
+            permits_taken: lock.permits_taken(),
             holders: lock.takers().filter_map(look).take(limit).collect(),
             holders_count: count(&mut lock.takers(), lock.takers_count()),
             waiters: lock.waiters().filter_map(look).take(limit).collect(),
@@ -193,9 +200,18 @@ struct LiveClaim<'a> {
     lease: Option<&'a Arc<Lease>>,
 }
 
-fn lease_view(coordination: &Coordination, id: LeaseId, lease: &Arc<Lease>) -> LeaseView {
+fn lease_view(
+    coordination: &Coordination,
+    id: LeaseId,
+    lease: &Arc<Lease>,
+    counted_max: usize,
+) -> LeaseView {
+    let claims = coordination.ties(id).take(counted_max);
+    let claims = claims.filter_map(|(name, order)| coordination.lock(name)?.claim(order));
+    let held = claims.filter(|claim| claim.token().is_some()).count() as u64;
     let claims = coordination.claims_count(id) as u64;
-    LeaseView { id, lease: lease.clone(), claims, members: coordination.members_count(id) as u64 }
+    let members = coordination.members_count(id) as u64;
+    LeaseView { id, lease: lease.clone(), claims, held, members }
 }
 
 /// The first `limit`, and whether there is another.

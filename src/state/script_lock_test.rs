@@ -401,7 +401,7 @@ pub(super) fn outcome_text(outcome: &Outcome) -> String {
             let deadlines: Vec<String> = deadlines.iter().map(text).collect();
             format!("renewed, end {}", deadlines.join(", "))
         }
-        Outcome::LockGranted { token, lease_deadline } => {
+        Outcome::LockGranted { token, lease_deadline, .. } => {
             format!("held, token {token}, lease ends {}", time_text(*lease_deadline))
         }
         Outcome::LockWaiting { position } => format!("waits, position {position}"),
