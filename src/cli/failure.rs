@@ -26,7 +26,8 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// 1 failed, 2 usage, 3 not found, 4 conflict or refused, 75 unavailable or timed out.
+    /// 1 failed, 2 usage, 3 not found, 4 conflict or refused, 75 unavailable, timed out or, of a
+    /// lock, not free.
     pub(crate) fn code(&self) -> u8 {
         use client::Error;
         match self {
@@ -39,9 +40,14 @@ impl Failure {
                 Error::NotFound { .. } => 3,
                 Error::AlreadyExists { .. }
                 | Error::VersionMismatch { .. }
+                | Error::LockNotHeld { .. }
+                | Error::LeaseLost { .. }
+                | Error::Fenced { .. }
                 | Error::Refused { .. } => 4,
                 Error::Unavailable { .. }
                 | Error::DeadlineExceeded { .. }
+                | Error::LockHeld { .. }
+                | Error::WaitExpired { .. }
                 | Error::OutcomeUnknown { .. } => 75,
                 Error::LimitExceeded { .. } | Error::Internal { .. } => 1,
             },
@@ -79,6 +85,15 @@ fn describe(error: &client::Error) -> String {
             return format!("{message}; its version is {current}: read it again");
         }
         Error::VersionMismatch { .. } => "read it again",
+        Error::NotFound { reason, .. } if reason == "LEASE_NOT_FOUND" => {
+            "it may have run out, been revoked, or be in another --namespace"
+        }
+        Error::NotFound { reason, .. } if reason == "LOCK_NOT_FOUND" => "so it is free",
+        Error::LockHeld { .. } => "wait for it with --wait, or see who has it: `quorate lock show`",
+        Error::WaitExpired { .. } => "see who has it with `quorate lock show`",
+        Error::LockNotHeld { .. } => "see who has it with `quorate lock show`",
+        Error::LeaseLost { .. } => "what hung from it is lost: start again with a new lease",
+        Error::Fenced { .. } => "somebody else may have the lock now: acquire it again",
         Error::Unavailable { reason, .. } if reason == "NOT_INITIALIZED" => {
             "form the cluster with `quorate cluster init`"
         }
@@ -104,7 +119,7 @@ mod tests {
     #[test]
     fn exit_codes_are_those_that_scripts_rely_on() {
         let text = String::new;
-        let cases: [(Failure, u8); 12] = [
+        let cases: [(Failure, u8); 17] = [
             (Failure::Failed(text()), 1),
             (Failure::Usage(text()), 2),
             (Failure::Unavailable(text()), 75),
@@ -114,6 +129,11 @@ mod tests {
             (Error::AlreadyExists { reason: text(), message: text() }.into(), 4),
             (Error::VersionMismatch { current: None, message: text() }.into(), 4),
             (Error::Refused { reason: text(), message: text() }.into(), 4),
+            (Error::LockNotHeld { message: text() }.into(), 4),
+            (Error::LeaseLost { message: text() }.into(), 4),
+            (Error::Fenced { message: text() }.into(), 4),
+            (Error::LockHeld { message: text() }.into(), 75),
+            (Error::WaitExpired { message: text() }.into(), 75),
             (Error::Unavailable { reason: text(), message: text() }.into(), 75),
             (Error::DeadlineExceeded { message: text() }.into(), 75),
             (Error::OutcomeUnknown { message: text() }.into(), 75),

@@ -107,6 +107,7 @@ fn into_error(failure: Failure) -> Error {
         Failure::Final(error)
         | Failure::NotApplied { error, .. }
         | Failure::NotSent(error)
+        | Failure::Pending(error)
         | Failure::Unknown(error) => error,
     }
 }

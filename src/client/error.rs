@@ -46,6 +46,36 @@ pub enum Error {
         /// The server's message.
         message: String,
     },
+    /// The lock is not free, and the request was not to wait for it.
+    #[error("{message}")]
+    LockHeld {
+        /// The server's message.
+        message: String,
+    },
+    /// The lock did not become free while the request was to wait for it.
+    #[error("{message}")]
+    WaitExpired {
+        /// The server's message, or the client's own.
+        message: String,
+    },
+    /// The token does not hold the lock: that was released, lost or broken before.
+    #[error("{message}")]
+    LockNotHeld {
+        /// The server's message.
+        message: String,
+    },
+    /// The lease has ended, or could not be renewed in time; what hung from it is lost.
+    #[error("{message}")]
+    LeaseLost {
+        /// The server's message, or the client's own.
+        message: String,
+    },
+    /// The token of a fence does not hold its lock any more. Nothing was changed.
+    #[error("{message}")]
+    Fenced {
+        /// The server's message.
+        message: String,
+    },
     /// The state of the cluster or of a record does not allow it.
     #[error("{message}")]
     Refused {
@@ -122,6 +152,11 @@ impl Error {
             | Self::Unavailable { reason, .. }
             | Self::Internal { reason, .. } => reason,
             Self::VersionMismatch { .. } => "VERSION_MISMATCH",
+            Self::LockHeld { .. } => "LOCK_HELD",
+            Self::WaitExpired { .. } => "LOCK_WAIT_EXPIRED",
+            Self::LockNotHeld { .. } => "LOCK_NOT_HELD",
+            Self::LeaseLost { .. } => "LEASE_NOT_FOUND",
+            Self::Fenced { .. } => "FENCED",
             Self::OutcomeUnknown { .. } => "OUTCOME_UNKNOWN",
             Self::DeadlineExceeded { .. } | Self::Configuration { .. } => "",
         }
@@ -133,6 +168,11 @@ impl Error {
             Self::NotFound { .. } => "not found",
             Self::AlreadyExists { .. } => "already exists",
             Self::VersionMismatch { .. } => "version mismatch",
+            Self::LockHeld { .. } => "lock held",
+            Self::WaitExpired { .. } => "wait expired",
+            Self::LockNotHeld { .. } => "lock not held",
+            Self::LeaseLost { .. } => "lease lost",
+            Self::Fenced { .. } => "fenced",
             Self::Refused { .. } => "refused",
             Self::InvalidArgument { .. } => "invalid argument",
             Self::LimitExceeded { .. } => "limit exceeded",
@@ -161,6 +201,11 @@ impl Error {
     }
 }
 
+/// The answer is to another kind of request than was sent.
+pub(super) fn mismatched() -> Error {
+    Error::internal("the server's answer does not fit the request")
+}
+
 /// How one attempt failed: what the retry loop needs to know.
 #[derive(Debug)]
 pub(super) enum Failure {
@@ -178,6 +223,8 @@ pub(super) enum Failure {
     NotSent(Error),
     /// Whether it was applied is not known.
     Unknown(Error),
+    /// It was applied, and its outcome is still to come: it is to be asked for again.
+    Pending(Error),
 }
 
 impl Failure {
@@ -225,6 +272,11 @@ impl Failure {
                 current: metadata.get("current_version").and_then(|v| v.parse().ok()),
                 message,
             }),
+            (_, "LOCK_HELD") => Self::Final(Error::LockHeld { message }),
+            (_, "LOCK_WAIT_EXPIRED") => Self::Final(Error::WaitExpired { message }),
+            (_, "LOCK_NOT_HELD") => Self::Final(Error::LockNotHeld { message }),
+            (_, "FENCED") => Self::Final(Error::Fenced { message }),
+            (_, "STILL_WAITING") => Self::Pending(Error::DeadlineExceeded { message }),
             (Code::Unavailable, "NO_LEADER" | "NOT_INITIALIZED") => Self::NotApplied {
                 error: Error::Unavailable { reason: owned, message },
                 delay,
@@ -338,6 +390,16 @@ mod tests {
             failure(Code::ResourceExhausted, "LIMIT_EXCEEDED"),
             Failure::Final(Error::LimitExceeded { .. })
         ));
+        assert!(matches!(
+            failure(Code::DeadlineExceeded, "STILL_WAITING"),
+            Failure::Pending(Error::DeadlineExceeded { .. })
+        ));
+        for reason in ["LOCK_HELD", "LOCK_WAIT_EXPIRED", "LOCK_NOT_HELD", "FENCED"] {
+            match failure(Code::FailedPrecondition, reason) {
+                Failure::Final(error) => assert_eq!(error.reason(), reason),
+                other => panic!("{other:?}"),
+            }
+        }
         assert!(matches!(
             failure(Code::NotFound, "SESSION_NOT_FOUND"),
             Failure::Final(Error::NotFound { .. })

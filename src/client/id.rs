@@ -13,6 +13,8 @@ use crate::proto::v1;
 
 /// Characters of an id beside letters and digits: those of a cookie's value that need no quoting.
 const ID_PUNCTUATION: &[u8] = b"-_.~!$&'*+^`|#%";
+/// Hex digits of a lease's id.
+const LEASE_ID_CHARS: usize = 32;
 /// Hex digits of a handle.
 const HANDLE_CHARS: usize = 32;
 
@@ -177,6 +179,56 @@ impl From<&Selector> for Selector {
     }
 }
 
+/// Names a lease: 128 random bits. Not a secret, but who knows it can renew and revoke the lease.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LeaseId(u128);
+
+impl LeaseId {
+    /// A new id, from the operating system's randomness.
+    ///
+    /// # Errors
+    ///
+    /// When the operating system has none to give.
+    pub fn mint() -> Result<Self, Error> {
+        let mut bytes = [0; 16];
+        fill_random(&mut bytes)?;
+        Ok(Self(u128::from_be_bytes(bytes)))
+    }
+
+    /// An id as printed: 32 hex digits.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidArgument`] when it is anything else.
+    pub fn new(id: &str) -> Result<Self, Error> {
+        let digits = id.len() == LEASE_ID_CHARS && id.bytes().all(|c| c.is_ascii_hexdigit());
+        let number = digits.then(|| u128::from_str_radix(id, 16).ok()).flatten();
+        number.map(Self).ok_or_else(|| {
+            Error::invalid(
+                "lease_id",
+                "INVALID_LEASE_ID",
+                format!("a lease's id has {LEASE_ID_CHARS} hex digits"),
+            )
+        })
+    }
+
+    pub(super) fn number(self) -> u128 {
+        self.0
+    }
+}
+
+impl fmt::Display for LeaseId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl fmt::Debug for LeaseId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LeaseId({self})")
+    }
+}
+
 /// Source of request ids: a random start, then a bijection of a counter. So the ids of one client
 /// never collide before 2^64 of them, those of two clients no likelier than random ones, and none
 /// costs a system call. They are names, not secrets.
@@ -253,6 +305,16 @@ mod tests {
         // printf 'quorate.session.v1\0default\0000123456789abcdef' | sha256sum | cut -c1-32
         assert_eq!(id.handle("default").as_str(), "c2ec290e085c714b47d7b7c7af9c70e8");
         assert_ne!(id.handle("default"), id.handle("other"));
+    }
+
+    #[test]
+    fn a_lease_id_is_printed_as_it_is_read() {
+        let id = LeaseId::new("00112233445566778899aAbBcCdDeEfF").unwrap();
+        assert_eq!(id.to_string(), "00112233445566778899aabbccddeeff");
+        assert_ne!(LeaseId::mint().unwrap(), LeaseId::mint().unwrap());
+        for bad in ["", "+0112233445566778899aabbccddeeff", "0112233445566778899aabbccddeeff"] {
+            assert!(LeaseId::new(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

@@ -35,6 +35,28 @@
 //! # }
 //! ```
 //!
+//! Locks hang from leases, which the client keeps alive in the background:
+//!
+//! ```no_run
+//! # use std::time::Duration;
+//! # use quorate::client::{Client, Error, Handle, LeaseOptions, Update};
+//! # async fn example(client: Client, session: Handle) -> Result<(), Error> {
+//! let lease = client.leases().grant(LeaseOptions::new().owner("worker-7")).await?;
+//! let locks = client.locks();
+//! let guard = locks.lock("billing").wait(Duration::from_secs(10)).acquire(&lease).await?;
+//! tokio::select! {
+//!     // The token proves that nobody else has got the lock before this write.
+//!     done = client.sessions().update(
+//!         session,
+//!         Update::new().set("bill", "17").fence("billing", guard.token()),
+//!     ) => drop(done?),
+//!     loss = guard.lost() => return Err(Error::LeaseLost { message: loss.describe().into() }),
+//! }
+//! guard.release().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! A request goes to the leader where one is known, and to any node else. A call returns when it
 //! has an outcome or its timeout has passed; in between it tries again by itself, safely: what is
 //! sent twice happens once. A write of which nobody can tell any more whether it was applied fails
@@ -49,6 +71,10 @@ mod cluster;
 mod connection;
 mod error;
 mod id;
+mod keeper;
+mod lease;
+mod liveness;
+mod lock;
 mod pipeline;
 mod pool;
 mod retry;
@@ -68,10 +94,16 @@ use crate::limits::{NAMESPACE_BYTES_MAX, REQUEST_BYTES_MAX, REQUEST_TIMEOUT_DEFA
 
 pub use self::cluster::NewMember;
 pub use self::error::Error;
-pub use self::id::{Handle, Selector, SessionId};
+pub use self::id::{Handle, LeaseId, Selector, SessionId};
+pub use self::keeper::Renewals;
+pub use self::lease::{Lease, LeaseOptions, LeasePage, LeaseRecord, LeaseTiming, Leases, Renewal};
+pub use self::liveness::Loss;
+pub use self::lock::{
+    Acquire, Grant, Guard, LockHolder, LockMode, LockPage, LockRecord, LockWaiter, Locks,
+};
 pub use self::session::{
-    Created, Found, ListOptions, NewSession, Page, ReadOptions, Session, Sessions, Touched, Update,
-    Updated,
+    Created, DeleteOptions, Found, ListOptions, NewSession, Page, ReadOptions, Session, Sessions,
+    Touched, Update, Updated,
 };
 pub use self::time::Timeout;
 
@@ -99,6 +131,7 @@ pub enum Transport {
 #[derive(Clone)]
 pub struct Client {
     pool: Arc<pool::Pool>,
+    keeper: Arc<keeper::Keeper>,
     request_ids: Arc<id::RequestIds>,
     namespace: Arc<str>,
     timeout: Duration,
@@ -115,6 +148,16 @@ impl Client {
     /// The calls on sessions, in this client's namespace.
     pub fn sessions(&self) -> Sessions {
         Sessions::new(self.clone())
+    }
+
+    /// The calls on leases, in this client's namespace.
+    pub fn leases(&self) -> Leases {
+        Leases::new(self.clone())
+    }
+
+    /// The calls on locks, in this client's namespace.
+    pub fn locks(&self) -> Locks {
+        Locks::new(self.clone())
     }
 
     /// The namespace that calls go to.
@@ -254,6 +297,7 @@ impl ClientBuilder {
         check_namespace(&options.namespace)?;
         Ok(Client {
             pool: pool::Pool::new(&options, self.clock),
+            keeper: Arc::default(),
             request_ids: Arc::new(id::RequestIds::new()?),
             namespace: options.namespace.into(),
             timeout: options.timeout,

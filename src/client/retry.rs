@@ -36,12 +36,33 @@ impl Client {
         request: Request,
     ) -> impl Future<Output = Result<Response, Error>> + Send + '_ {
         // Behind a pointer before the first future is made, so that none has to carry it.
-        self.call_shared(Arc::new(request))
+        let request = Arc::new(request);
+        async move { self.call_shared(request, self.patience(), &mut Progress::default()).await }
     }
 
-    async fn call_shared(&self, mut request: Arc<Request>) -> Result<Response, Error> {
+    /// The same with another patience; `progress` tells what came of it beside the outcome.
+    pub(super) fn call_with<'a>(
+        &'a self,
+        request: Request,
+        patience: Patience,
+        progress: &'a mut Progress,
+    ) -> impl Future<Output = Result<Response, Error>> + Send + 'a {
+        self.call_shared(Arc::new(request), patience, progress)
+    }
+
+    /// That of an ordinary request.
+    pub(super) fn patience(&self) -> Patience {
+        Patience { total: self.timeout, attempt: self.attempt_timeout, lifetime: self.timeout }
+    }
+
+    async fn call_shared(
+        &self,
+        mut request: Arc<Request>,
+        patience: Patience,
+        progress: &mut Progress,
+    ) -> Result<Response, Error> {
         let mut now = Instant::now();
-        let deadline = now + self.timeout;
+        let deadline = now + patience.total;
         if request.encoded_len() > REQUEST_BYTES_MAX - ENVELOPE_BYTES {
             return Err(Error::LimitExceeded {
                 limit: Some("request_bytes".to_owned()),
@@ -49,9 +70,9 @@ impl Client {
                 message: format!("the request is larger than {REQUEST_BYTES_MAX} bytes"),
             });
         }
-        let mut progress = Progress::default();
         loop {
-            let failure = match self.attempt(&mut request, now, deadline, &mut progress).await {
+            let attempt = self.attempt(&mut request, now, deadline, patience, progress);
+            let failure = match attempt.await {
                 Ok(response) => return Ok(response),
                 Err(failure) => failure,
             };
@@ -60,6 +81,12 @@ impl Client {
                 Failure::Final(error) => return Err(progress.conclude(error, is_write)),
                 Failure::NotApplied { error, delay, .. } => progress.note(error, delay),
                 Failure::NotSent(error) => progress.note(error, None),
+                Failure::Pending(error) => {
+                    // Nothing went wrong: it is asked for again at once.
+                    progress.maybe_applied = true;
+                    progress.failures = 0;
+                    progress.note(error, None)
+                }
                 Failure::Unknown(error) => {
                     progress.maybe_applied = true;
                     progress.note(error, None)
@@ -67,7 +94,7 @@ impl Client {
             };
             let pause = self.backoff(progress.failures).max(delay);
             if Instant::now() + pause >= deadline {
-                return Err(progress.give_up(is_write, self.timeout));
+                return Err(progress.give_up(is_write, patience.total));
             }
             tokio::time::sleep(pause).await;
             now = Instant::now();
@@ -79,6 +106,7 @@ impl Client {
         request: &mut Arc<Request>,
         mut now: Instant,
         deadline: Instant,
+        patience: Patience,
         progress: &mut Progress,
     ) -> Result<Response, Failure> {
         let connection = match self.pool.ready_connection() {
@@ -92,10 +120,11 @@ impl Client {
             }
         };
         self.pool.refresh_if_due(&connection, now);
-        let timeout = deadline.saturating_duration_since(now).min(self.attempt_timeout);
+        let timeout = deadline.saturating_duration_since(now).min(patience.attempt);
         // Copies the request only if the attempt before is still in the transport's hands.
         if !progress.dated {
-            self.date(Arc::make_mut(request)).inspect_err(|_| self.pool.complain(&connection))?;
+            let dated = self.date(Arc::make_mut(request), patience.lifetime);
+            dated.inspect_err(|_| self.pool.complain(&connection))?;
             progress.dated = true;
         } else if progress.sent
             && let Some(Some(context)) = context(Arc::make_mut(request))
@@ -114,8 +143,8 @@ impl Client {
         result
     }
 
-    /// Names and dates a write.
-    fn date(&self, request: &mut Request) -> Result<(), Failure> {
+    /// Names a write, unless it has a name, and dates it.
+    fn date(&self, request: &mut Request, lifetime: Duration) -> Result<(), Failure> {
         let Some(context) = context(request) else { return Ok(()) };
         let Some(now) = self.pool.time.now() else {
             return Err(Failure::NotSent(Error::Unavailable {
@@ -123,10 +152,11 @@ impl Client {
                 message: "the node belongs to no cluster yet, or has not heard its time".to_owned(),
             }));
         };
-        let lifetime = self.timeout.min(EXPIRE_AFTER_MAX);
+        let lifetime = lifetime.min(EXPIRE_AFTER_MAX);
         let expiry = now.saturating_add(i64::try_from(lifetime.as_millis()).unwrap_or(i64::MAX));
+        let named = context.as_ref().map(|context| context.request_id).filter(|id| *id != 0);
         *context = Some(RequestContext {
-            request_id: self.request_ids.mint(),
+            request_id: named.unwrap_or_else(|| self.request_ids.mint()),
             resend: false,
             first_sent_time: Some(millis_to_proto(now)),
             expire_time: Some(millis_to_proto(expiry)),
@@ -143,15 +173,26 @@ impl Client {
     }
 }
 
+/// How long a request may take.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    /// With all its attempts.
+    pub(super) total: Duration,
+    /// One attempt, before another node is asked.
+    pub(super) attempt: Duration,
+    /// From its first sending until no node applies it any more.
+    pub(super) lifetime: Duration,
+}
+
 /// What the attempts so far have come to.
 #[derive(Default)]
-struct Progress {
+pub(super) struct Progress {
     /// Whether the request has its name and dates.
     dated: bool,
     /// Whether any attempt may have reached a server.
     sent: bool,
-    /// Whether any attempt may have been applied.
-    maybe_applied: bool,
+    /// Whether any attempt, less the last if that has a final answer, may have been applied.
+    pub(super) maybe_applied: bool,
     failures: u32,
     last: Option<Error>,
 }
@@ -174,9 +215,11 @@ impl Progress {
         }
     }
 
-    fn give_up(self, is_write: bool, timeout: Duration) -> Error {
+    fn give_up(&mut self, is_write: bool, timeout: Duration) -> Error {
         let waited = format!("no answer within {timeout:?}");
-        let Some(last) = self.last else { return Error::DeadlineExceeded { message: waited } };
+        let Some(last) = self.last.take() else {
+            return Error::DeadlineExceeded { message: waited };
+        };
         if is_write && self.maybe_applied {
             let message = format!("{waited}; it may or may not have been applied: {last}");
             return Error::OutcomeUnknown { message };

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 
 use super::Client;
-use super::error::Error;
+use super::error::{Error, mismatched};
 use super::id::{Handle, Selector, SessionId};
 use super::time::{Timeout, duration_from_proto, system_time};
 use crate::proto::v1;
@@ -182,6 +182,7 @@ pub struct Update {
     expected_version: Option<u64>,
     principal: Option<String>,
     idle_timeout: Option<Timeout>,
+    fence: Option<v1::Fence>,
 }
 
 impl Update {
@@ -217,6 +218,38 @@ impl Update {
     /// Changes the idle timeout.
     pub fn idle_timeout(mut self, timeout: impl Into<Timeout>) -> Self {
         self.idle_timeout = Some(timeout.into());
+        self
+    }
+
+    /// Applies only while this fencing token holds the lock of that name, in the same namespace.
+    pub fn fence(mut self, lock: impl Into<String>, token: u64) -> Self {
+        self.fence = Some(v1::Fence { lock: lock.into(), token });
+        self
+    }
+}
+
+/// What the end of a session depends on.
+#[derive(Clone, Debug, Default)]
+pub struct DeleteOptions {
+    expected_version: Option<u64>,
+    fence: Option<v1::Fence>,
+}
+
+impl DeleteOptions {
+    /// On nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Applies only if the session has this version still.
+    pub fn expect_version(mut self, version: u64) -> Self {
+        self.expected_version = Some(version);
+        self
+    }
+
+    /// Applies only while this fencing token holds the lock of that name, in the same namespace.
+    pub fn fence(mut self, lock: impl Into<String>, token: u64) -> Self {
+        self.fence = Some(v1::Fence { lock: lock.into(), token });
         self
     }
 }
@@ -411,7 +444,8 @@ impl Sessions {
     /// # Errors
     ///
     /// [`Error::NotFound`]; [`Error::VersionMismatch`] when a version was expected and the
-    /// session has another; [`Error::OutcomeUnknown`].
+    /// session has another; [`Error::Fenced`] when its fence does not hold;
+    /// [`Error::OutcomeUnknown`].
     pub async fn update(
         &self,
         session: impl Into<Selector>,
@@ -426,7 +460,7 @@ impl Sessions {
             expected_version: update.expected_version,
             principal: update.principal,
             idle_timeout: update.idle_timeout.map(Timeout::into_proto),
-            fence: None,
+            fence: update.fence,
         });
         match self.client.call(request).await? {
             Response::UpdateSession(updated) => {
@@ -463,7 +497,7 @@ impl Sessions {
     ///
     /// [`Error::NotFound`] when there is no such session.
     pub async fn delete(&self, session: impl Into<Selector>) -> Result<u64, Error> {
-        self.delete_expecting(session.into(), None).await
+        self.delete_with(session, DeleteOptions::new()).await
     }
 
     /// Ends a session for good if it has this version still. Returns the revision of that.
@@ -476,7 +510,30 @@ impl Sessions {
         session: impl Into<Selector>,
         version: u64,
     ) -> Result<u64, Error> {
-        self.delete_expecting(session.into(), Some(version)).await
+        self.delete_with(session, DeleteOptions::new().expect_version(version)).await
+    }
+
+    /// Ends a session for good as `options` say. Returns the revision of that.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NotFound`]; [`Error::VersionMismatch`]; [`Error::Fenced`].
+    pub async fn delete_with(
+        &self,
+        session: impl Into<Selector>,
+        options: DeleteOptions,
+    ) -> Result<u64, Error> {
+        let request = Request::DeleteSession(v1::DeleteSessionRequest {
+            context: None,
+            namespace: self.namespace(),
+            session: Some(session.into().into_proto()),
+            expected_version: options.expected_version,
+            fence: options.fence,
+        });
+        match self.client.call(request).await? {
+            Response::DeleteSession(deleted) => Ok(deleted.revision),
+            _ => Err(mismatched()),
+        }
     }
 
     /// One page of the namespace's sessions: the first, or with `page.next` of one the next.
@@ -503,30 +560,7 @@ impl Sessions {
         }
     }
 
-    async fn delete_expecting(
-        &self,
-        session: Selector,
-        expected_version: Option<u64>,
-    ) -> Result<u64, Error> {
-        let request = Request::DeleteSession(v1::DeleteSessionRequest {
-            context: None,
-            namespace: self.namespace(),
-            session: Some(session.into_proto()),
-            expected_version,
-            fence: None,
-        });
-        match self.client.call(request).await? {
-            Response::DeleteSession(deleted) => Ok(deleted.revision),
-            _ => Err(mismatched()),
-        }
-    }
-
     fn namespace(&self) -> String {
         self.client.namespace.to_string()
     }
-}
-
-/// The answer is to another kind of request than was sent.
-fn mismatched() -> Error {
-    Error::internal("the server's answer does not fit the request")
 }

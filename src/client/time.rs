@@ -61,6 +61,11 @@ impl ClusterTime {
         (offset != UNKNOWN).then(|| offset.saturating_add(self.monotonic()))
     }
 
+    /// The clock that it runs on.
+    pub(super) fn clock(&self) -> &Arc<dyn Clock> {
+        &self.clock
+    }
+
     fn monotonic(&self) -> i64 {
         i64::try_from(self.clock.monotonic().as_millis()).unwrap_or(i64::MAX)
     }

@@ -1,0 +1,274 @@
+//! One task that keeps all leases of a client and its clones alive.
+//!
+//! A lease is due when the cluster said that it should be renewed; those that are nearly due go
+//! with it, many in one message. Each answer names the next time, with jitter, so leases that went
+//! together do not stay together, and no client invents a rhythm of its own. A message that fails
+//! is sent again after a pause that doubles, for as long as the lease is to be relied on: an
+//! election is no reason to give up.
+//!
+//! The task begins with the first lease and ends with the last. Caveat: it runs on the runtime that
+//! granted the lease with which it began; where that one is shut down, leases that another runtime
+//! uses are renewed again only once one more is granted there.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use super::Client;
+use super::error::{Error, mismatched};
+use super::id::{LeaseId, mix};
+use super::lease::{Held, Renewal};
+use super::liveness::{CLOCK_CHECK, Loss};
+use super::retry::{Patience, Progress};
+use crate::limits::LEASE_RENEWALS_MAX;
+
+/// Leases that are due within this part of their interval go with those that are due now.
+const TOGETHER_FRACTION: u32 = 8;
+/// Pauses after a message that failed double from the first to the last of these.
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// The least that a message is given, however near the deadline is.
+const PATIENCE_MIN: Duration = Duration::from_millis(100);
+
+/// What the leases of a client have come to, since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Renewals {
+    /// Leases that are kept alive now.
+    pub leases: usize,
+    /// Messages that were sent, resends left out.
+    pub messages: u64,
+    /// Renewals that were acknowledged.
+    pub renewed: u64,
+    /// Messages that failed, whether or not another succeeded in time.
+    pub failed: u64,
+    /// Leases that were lost, other than given up.
+    pub lost: u64,
+}
+
+/// When a lease is renewed next.
+#[derive(Debug)]
+pub(super) struct Schedule {
+    /// On the monotonic clock.
+    due: Duration,
+    /// From when on it goes with others that are due.
+    ready: Duration,
+    under_way: bool,
+    failures: u32,
+}
+
+impl Schedule {
+    pub(super) fn new(sent: Duration, renew_after: Duration) -> Self {
+        let mut schedule = Self { due: sent, ready: sent, under_way: false, failures: 0 };
+        schedule.renewed(sent, renew_after);
+        schedule
+    }
+
+    fn renewed(&mut self, sent: Duration, renew_after: Duration) {
+        self.due = sent + renew_after;
+        self.ready = self.due.saturating_sub(renew_after / TOGETHER_FRACTION);
+        self.failures = 0;
+    }
+}
+
+/// The leases that are kept alive.
+#[derive(Default)]
+pub(super) struct Keeper {
+    registry: Mutex<Registry>,
+    /// Told when there is something to look at.
+    wake: Notify,
+    messages: AtomicU64,
+    renewed: AtomicU64,
+    failed: AtomicU64,
+    lost: AtomicU64,
+}
+
+#[derive(Default)]
+struct Registry {
+    leases: BTreeMap<(Arc<str>, LeaseId), Weak<Held>>,
+    /// Whether the task is there.
+    running: bool,
+}
+
+impl Keeper {
+    /// Keeps `held` alive from now on.
+    pub(super) fn add(self: &Arc<Self>, client: &Client, held: &Arc<Held>) {
+        let mut registry = self.lock();
+        registry.leases.insert(held.key(), Arc::downgrade(held));
+        let start = !std::mem::replace(&mut registry.running, true);
+        drop(registry);
+        if start {
+            let running = Running { keeper: self.clone(), has_ended: false };
+            tokio::spawn(run(client.clone(), running));
+        } else {
+            self.wake.notify_one();
+        }
+    }
+
+    /// Leaves the lease to itself.
+    pub(super) fn remove(&self, key: &(Arc<str>, LeaseId)) {
+        if self.lock().leases.remove(key).is_some() {
+            self.wake.notify_one();
+        }
+    }
+
+    pub(super) fn renewals(&self) -> Renewals {
+        Renewals {
+            leases: self.lock().leases.len(),
+            messages: self.messages.load(Ordering::Relaxed),
+            renewed: self.renewed.load(Ordering::Relaxed),
+            failed: self.failed.load(Ordering::Relaxed),
+            lost: self.lost.load(Ordering::Relaxed),
+        }
+    }
+
+    /// The leases to be renewed now, as messages, and how long until the next are due. `None` once
+    /// there are no leases: then the task is taken for gone.
+    fn due(&self, now: Duration) -> Option<(Vec<Vec<Arc<Held>>>, Duration)> {
+        let mut registry = self.lock();
+        let leases: Vec<Arc<Held>> = registry.leases.values().filter_map(Weak::upgrade).collect();
+        let mut lost = Vec::new();
+        let mut next = CLOCK_CHECK;
+        let mut any_due = false;
+        for held in &leases {
+            if held.liveness.loss().is_some() {
+                lost.push(held.key());
+                continue;
+            }
+            let schedule = held.schedule();
+            if !schedule.under_way {
+                any_due |= schedule.due <= now;
+                next = next.min(schedule.due.saturating_sub(now));
+            }
+        }
+        for key in &lost {
+            registry.leases.remove(key);
+        }
+        registry.running = !registry.leases.is_empty();
+        let running = registry.running;
+        drop(registry);
+        // Out of the lock: letting go of the last one removes it from the registry.
+        self.lost.fetch_add(lost.len() as u64, Ordering::Relaxed);
+        let messages = if any_due { gather(&leases, now) } else { Vec::new() };
+        running.then_some((messages, next))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Registry> {
+        // Nothing panics while it holds the lock.
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// All that are ready, in messages of one namespace each; they are under way from now on.
+fn gather(leases: &[Arc<Held>], now: Duration) -> Vec<Vec<Arc<Held>>> {
+    let mut messages: Vec<Vec<Arc<Held>>> = Vec::new();
+    for held in leases {
+        let mut schedule = held.schedule();
+        if schedule.under_way || schedule.ready > now || held.liveness.loss().is_some() {
+            continue;
+        }
+        schedule.under_way = true;
+        // They come in the order of their namespaces.
+        match messages.last_mut() {
+            Some(message)
+                if message.len() < LEASE_RENEWALS_MAX
+                    && message[0].namespace() == held.namespace() =>
+            {
+                message.push(held.clone());
+            }
+            _ => messages.push(vec![held.clone()]),
+        }
+    }
+    messages
+}
+
+/// Says that the task has gone, should it end otherwise than for want of leases.
+struct Running {
+    keeper: Arc<Keeper>,
+    has_ended: bool,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !self.has_ended {
+            self.keeper.lock().running = false;
+        }
+    }
+}
+
+async fn run(client: Client, mut running: Running) {
+    let keeper = running.keeper.clone();
+    let clock = client.pool.time.clock().clone();
+    loop {
+        let wake = keeper.wake.notified();
+        let Some((messages, next)) = keeper.due(clock.monotonic()) else {
+            running.has_ended = true;
+            return;
+        };
+        if messages.is_empty() {
+            // Either way it is looked at again.
+            let _ = tokio::time::timeout(next, wake).await;
+            continue;
+        }
+        for message in messages {
+            tokio::spawn(renew(client.clone(), message));
+        }
+    }
+}
+
+/// Renews these with one message and notes what became of each.
+async fn renew(client: Client, leases: Vec<Arc<Held>>) {
+    let keeper = client.keeper.clone();
+    let clock = client.pool.time.clock().clone();
+    let sent = clock.monotonic();
+    keeper.messages.fetch_add(1, Ordering::Relaxed);
+    let answered = exchange(&client, &leases).await;
+    let mut renewals: BTreeMap<LeaseId, Renewal> = match answered {
+        Ok(renewals) => renewals.into_iter().map(|renewal| (renewal.id, renewal)).collect(),
+        Err(error) => {
+            tracing::debug!(leases = leases.len(), %error, "could not renew");
+            keeper.failed.fetch_add(1, Ordering::Relaxed);
+            BTreeMap::new()
+        }
+    };
+    let now = clock.monotonic();
+    for held in &leases {
+        let mut schedule = held.schedule();
+        schedule.under_way = false;
+        match renewals.remove(&held.id) {
+            Some(Renewal { timing: Some(timing), .. }) => {
+                held.liveness.extend(sent, timing.remaining.min(held.ttl));
+                schedule.renewed(sent, timing.renew_after);
+                keeper.renewed.fetch_add(1, Ordering::Relaxed);
+            }
+            Some(Renewal { timing: None, .. }) => held.liveness.lose(Loss::Ended),
+            None => {
+                let full = PAUSE_MIN.saturating_mul(1 << schedule.failures.min(10)).min(PAUSE_MAX);
+                let random = u32::try_from(mix(held.id.number() as u64) % 1_024).unwrap_or(0);
+                schedule.failures = schedule.failures.saturating_add(1);
+                schedule.due = now + full / 2 + full / 2 * random / 1_024;
+                schedule.ready = schedule.due;
+            }
+        }
+    }
+    drop(leases);
+    keeper.wake.notify_one();
+}
+
+/// One message, for as long as it can be of use: its leases are lost after that.
+async fn exchange(client: &Client, leases: &[Arc<Held>]) -> Result<Vec<Renewal>, Error> {
+    let left = leases.iter().map(|held| held.liveness.remaining()).min().unwrap_or_default();
+    let total = left.max(PATIENCE_MIN);
+    let patience = Patience {
+        total,
+        // Several nodes can be tried in the time that is left.
+        attempt: client.attempt_timeout.min(total / 3).max(PATIENCE_MIN),
+        lifetime: total,
+    };
+    let Some(first) = leases.first() else { return Err(mismatched()) };
+    let ids: Vec<LeaseId> = leases.iter().map(|held| held.id).collect();
+    let mut progress = Progress::default();
+    client.renew_leases(first.namespace(), &ids, patience, &mut progress).await
+}
