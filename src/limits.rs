@@ -96,6 +96,9 @@ pub const PROPOSAL_BYTES_PENDING_MAX: usize = 128 * 1024 * 1024;
 pub const PIPELINE_IN_FLIGHT_MAX: usize = 4_096;
 /// Reads that wait for barriers on one node before it refuses more.
 pub const READS_PENDING_MAX: usize = 65_536;
+/// KeepAlive messages under way on one stream before the server stops reading from it; each may
+/// renew a thousand leases.
+pub const KEEP_ALIVES_IN_FLIGHT_MAX: usize = 64;
 /// Calls on one node that wait for locks before it refuses more.
 pub const ACQUIRES_WAITING_MAX: usize = 131_072;
 /// Acquires that wait on one pipeline before it refuses more. They do not count as under way: a

@@ -149,7 +149,9 @@ impl Core {
         let mut inner = self.lock();
         let replies = match entry.payload {
             EntryPayload::Blank => Vec::new(),
-            EntryPayload::Normal(pack) => inner.apply_pack(pack.0, wanted, &self.following, &mut calls)?,
+            EntryPayload::Normal(pack) => {
+                inner.apply_pack(pack.0, wanted, &self.following, &mut calls)?
+            }
             EntryPayload::Membership(membership) => {
                 inner.membership = StoredMembership::new(Some(entry.log_id), membership);
                 Vec::new()

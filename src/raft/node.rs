@@ -12,8 +12,8 @@ use tonic::transport::server::TcpIncoming;
 
 use super::barrier::BarrierError;
 use super::checkpointer::CheckpointPolicy;
-use super::formation::{self, Founding};
 use super::following::{ClaimEnd, ClaimName};
+use super::formation::{self, Founding};
 use super::halt::Halt;
 use super::lanes::Lane;
 use super::network::{self, PEER_MESSAGE_BYTES_MAX};
@@ -24,9 +24,7 @@ use super::replica::{RaftTimeouts, Replica, ReplicaParts};
 use crate::clock::Clock;
 use crate::proto::peer;
 use crate::proto::peer::peer_service_server::PeerServiceServer;
-use crate::state::{
-    Command, Outcome, Rejection, Reply, Stamp, State, Timestamp, encode_command,
-};
+use crate::state::{Command, Outcome, Rejection, Reply, Stamp, State, Timestamp, encode_command};
 use crate::storage::directory::{DataDirectory, DirectoryError, Identity};
 
 /// Everything that a node needs; nothing is global.

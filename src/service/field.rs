@@ -80,9 +80,7 @@ pub(super) fn page_size(size: u32) -> Result<usize, Error> {
     match size as usize {
         0 => Ok(PAGE_SIZE_DEFAULT),
         size if size <= PAGE_SIZE_MAX => Ok(size),
-        size => {
-            Err(Error::over_limit("page_size", "entries", size as u64, PAGE_SIZE_MAX as u64))
-        }
+        size => Err(Error::over_limit("page_size", "entries", size as u64, PAGE_SIZE_MAX as u64)),
     }
 }
 
@@ -103,7 +101,9 @@ mod tests {
     fn a_lease_id_is_lowercase_hex() {
         let id = lease_id("lease_id", "000102030405060708090a0b0c0d0eff").unwrap();
         assert_eq!(id.to_string(), "000102030405060708090a0b0c0d0eff");
-        for wrong in ["", "00", "000102030405060708090A0B0C0D0EFF", &"é".repeat(16), &"g".repeat(32)] {
+        for wrong in
+            ["", "00", "000102030405060708090A0B0C0D0EFF", &"é".repeat(16), &"g".repeat(32)]
+        {
             assert_eq!(lease_id("lease_id", wrong).unwrap_err().reason, "INVALID_LEASE_ID");
         }
     }

@@ -266,7 +266,11 @@ impl Leases {
             Err(error) => return done(Err(error)),
         };
         self.node.write(&command, context.resend, call.deadline.0, move |result| {
-            done(result.map_err(Error::from).and_then(|reply| done_at(reply.revision, &reply.outcome)));
+            done(
+                result
+                    .map_err(Error::from)
+                    .and_then(|reply| done_at(reply.revision, &reply.outcome)),
+            );
         });
     }
 
@@ -304,9 +308,8 @@ impl Leases {
             Err(error) => return done(Err(error)),
         };
         let (node, listed) = (self.node.clone(), namespace.clone());
-        let look = move |state: &State| {
-            (state.revision(), state.list_leases(&listed, after, limit))
-        };
+        let look =
+            move |state: &State| (state.revision(), state.list_leases(&listed, after, limit));
         read(&self.node, call, list.consistency, look, move |looked| {
             done(looked.map_err(Error::from).map(|(revision, page)| {
                 let now = node.steady_time();

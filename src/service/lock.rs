@@ -297,8 +297,8 @@ impl Locks {
         get: GetLock,
         done: impl FnOnce(Result<FoundLocks, Error>) + Send + 'static,
     ) {
-        let valid = lock_key(get.namespace, get.lock)
-            .and_then(|key| Ok((key, page_size(get.page_size)?)));
+        let valid =
+            lock_key(get.namespace, get.lock).and_then(|key| Ok((key, page_size(get.page_size)?)));
         let (key, limit) = match valid {
             Ok(valid) => valid,
             Err(error) => return done(Err(error)),

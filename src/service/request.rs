@@ -34,12 +34,7 @@ impl Call {
     }
 
     /// A call that waits for a lock, for `wait` at most: it may take that much longer.
-    pub fn waiting(
-        node: &Node,
-        caller: Caller,
-        timeout: Option<Duration>,
-        wait: Duration,
-    ) -> Self {
+    pub fn waiting(node: &Node, caller: Caller, timeout: Option<Duration>, wait: Duration) -> Self {
         let wait = wait.min(LOCK_WAIT_MAX);
         let timeout = timeout.unwrap_or(wait + REQUEST_TIMEOUT_DEFAULT);
         let timeout = timeout.min(wait + CALL_TIMEOUT_MAX);

@@ -18,8 +18,8 @@ use crate::limits::{
 };
 use crate::raft::{Node, WriteError};
 use crate::state::{
-    Attribute, Command, Digest, Fence, Namespace, Outcome, Query, QueryReply, Rejection, Reply, Revision,
-    Session, SessionKey, State, Timeout, Timestamp, TouchNeed,
+    Attribute, Command, Digest, Fence, Namespace, Outcome, Query, QueryReply, Rejection, Reply,
+    Revision, Session, SessionKey, State, Timeout, Timestamp, TouchNeed,
 };
 
 /// Names a session from outside.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
 use super::convert::{cluster_id_out, member_out, status_out, timestamp_out};
-use super::session::timeout_of;
 use super::status::status;
+use super::unary::timeout_of;
 use crate::proto::v1;
 use crate::proto::v1::cluster_service_server::ClusterService;
 use crate::service::{Call, Caller, Cluster};

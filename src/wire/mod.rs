@@ -3,27 +3,66 @@
 mod cluster;
 mod convert;
 mod front;
+mod lease;
+mod lock;
 mod pipeline;
 mod session;
 mod status;
+mod unary;
 
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::sync::Notify;
 use tonic::transport::server::TcpIncoming;
 
 use crate::limits::REQUEST_BYTES_MAX;
 use crate::proto::DESCRIPTORS;
 use crate::proto::v1::cluster_service_server::ClusterServiceServer;
+use crate::proto::v1::lease_service_server::LeaseServiceServer;
+use crate::proto::v1::lock_service_server::LockServiceServer;
 use crate::proto::v1::pipeline_service_server::PipelineServiceServer;
 use crate::proto::v1::session_service_server::SessionServiceServer;
 use crate::raft::Node;
-use crate::service::{Cluster, Sessions};
+use crate::service::{Cluster, Leases, Locks, Sessions};
 
 /// How often the health service looks at the node.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Whose health is told.
+const HEALTHY: [&str; 5] = [
+    "",
+    "quorate.v1.SessionService",
+    "quorate.v1.LeaseService",
+    "quorate.v1.LockService",
+    "quorate.v1.PipelineService",
+];
+
+/// The use cases of one node.
+#[derive(Clone)]
+struct UseCases {
+    sessions: Arc<Sessions>,
+    leases: Arc<Leases>,
+    locks: Arc<Locks>,
+    cluster: Arc<Cluster>,
+}
+
+impl UseCases {
+    fn new(node: &Arc<Node>) -> Result<Self, getrandom::Error> {
+        let seed = || {
+            let mut seed = [0; 8];
+            getrandom::fill(&mut seed).map(|()| u64::from_le_bytes(seed))
+        };
+        Ok(Self {
+            sessions: Arc::new(Sessions::new(node.clone(), seed()?)),
+            leases: Arc::new(Leases::new(node.clone(), seed()?)),
+            locks: Arc::new(Locks::new(node.clone(), seed()?)),
+            cluster: Arc::new(Cluster::new(node.clone())),
+        })
+    }
+}
 
 /// Serves clients on `listener` until `shutdown`, then drains.
 ///
@@ -35,34 +74,35 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let mut seed = [0; 8];
-    getrandom::fill(&mut seed)?;
-    let sessions = Arc::new(Sessions::new(node.clone(), u64::from_le_bytes(seed)));
-    let cluster = Arc::new(Cluster::new(node.clone()));
+    let use_cases = UseCases::new(&node)?;
     let (health, health_service) = tonic_health::server::health_reporter();
-    let watching = tokio::spawn(watch_health(node, health));
+    let watching = tokio::spawn(watch_health(node.clone(), health));
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .with_service_name("quorate.v1.SessionService")
+        .with_service_name("quorate.v1.LeaseService")
+        .with_service_name("quorate.v1.LockService")
         .with_service_name("quorate.v1.ClusterService")
         .with_service_name("quorate.v1.PipelineService")
         .build_v1()?;
-    let pipelines = pipeline::Pipelines::new(sessions.clone(), cluster.clone());
-    let draining = pipelines.draining();
+    // Ends every stream once what is under way on it has been answered.
+    let draining = Arc::new(Notify::new());
+    let pipelines = pipeline::Pipelines::new(use_cases.clone(), draining.clone());
+    let front = front(&use_cases, &draining);
     let shutdown = async move {
         shutdown.await;
         draining.notify_waiters();
+        node.stop_waiting();
     };
-    let session_server = SessionServiceServer::new(session::SessionServer { sessions })
-        .max_decoding_message_size(REQUEST_BYTES_MAX);
+    let cluster = use_cases.cluster;
     let served = tonic::transport::Server::builder()
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(16 << 20)
         .max_concurrent_streams(4096)
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-        .layer(front::Front { sessions: session_server })
+        .layer(front)
         .add_service(health_service)
         .add_service(reflection)
         .add_service(ClusterServiceServer::new(cluster::ClusterServer { cluster }))
@@ -79,6 +119,19 @@ pub async fn serve(
     Ok(served?)
 }
 
+/// The services that calls are handed to without the router.
+fn front(use_cases: &UseCases, draining: &Arc<Notify>) -> front::Front {
+    let sessions = session::SessionServer { sessions: use_cases.sessions.clone() };
+    let leases =
+        lease::LeaseServer { leases: use_cases.leases.clone(), draining: draining.clone() };
+    let locks = lock::LockServer { locks: use_cases.locks.clone() };
+    front::Front {
+        sessions: SessionServiceServer::new(sessions).max_decoding_message_size(REQUEST_BYTES_MAX),
+        leases: LeaseServiceServer::new(leases).max_decoding_message_size(REQUEST_BYTES_MAX),
+        locks: LockServiceServer::new(locks).max_decoding_message_size(REQUEST_BYTES_MAX),
+    }
+}
+
 /// Keeps `grpc.health.v1` true: SERVING while the node belongs to a cluster, knows a leader and has
 /// applied what it knows to be committed.
 async fn watch_health(node: Arc<Node>, health: tonic_health::server::HealthReporter) {
@@ -89,7 +142,7 @@ async fn watch_health(node: Arc<Node>, health: tonic_health::server::HealthRepor
             if node.is_ready() { ServingStatus::Serving } else { ServingStatus::NotServing };
         if last != Some(status) {
             last = Some(status);
-            for service in ["", "quorate.v1.SessionService", "quorate.v1.PipelineService"] {
+            for service in HEALTHY {
                 health.set_service_status(service, status).await;
             }
         }

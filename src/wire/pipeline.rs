@@ -4,9 +4,14 @@
 //! answer into the stream's outbox. A request is under way until its answer has left the outbox
 //! for the transport; at the limit nothing more is read, and the client's sends are stopped by flow
 //! control, so that a client that does not read its answers cannot make the node hold many.
+//!
+//! An Acquire that waits for its lock is counted apart until it is answered, and beyond a limit of
+//! its own it is refused. Were it under way, enough of them would keep the node from reading the
+//! very release that they wait for.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
@@ -14,33 +19,33 @@ use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::UseCases;
 use super::cluster::describe;
 use super::convert::{
-    addressed_in, batch_get_in, batch_out, create_in, created_out, deleted_out, duration_in,
-    found_out, get_in, list_in, listed_out, touched_out, unfenced, update_in, updated_out,
+    acquire_in, acquired_out, batch_get_in, batch_out, break_in, broken_out, cancel_in,
+    cancelled_out, create_in, created_out, delete_in, deleted_out, duration_in, found_lease_out,
+    found_lock_out, found_out, get_in, get_lease_in, get_lock_in, grant_in, granted_out, list_in,
+    list_leases_in, list_locks_in, listed_leases_out, listed_locks_out, listed_out, release_in,
+    released_out, renew_in, renewed_out, revoke_in, revoked_out, touch_in, touched_out, update_in,
+    updated_out,
 };
 use super::status::{empty_request, pipeline_error};
-use crate::limits::PIPELINE_IN_FLIGHT_MAX;
+use crate::limits::{PIPELINE_IN_FLIGHT_MAX, PIPELINE_WAITING_MAX};
 use crate::proto::v1;
 use crate::proto::v1::pipeline_request::Request as Asked;
 use crate::proto::v1::pipeline_response::Response as Answer;
 use crate::proto::v1::pipeline_service_server::PipelineService;
-use crate::service::{Call, Caller, Cluster, Error, Sessions};
+use crate::service::{Call, Caller, Error, Leases, Locks, Sessions};
 
 pub(super) struct Pipelines {
-    sessions: Arc<Sessions>,
-    cluster: Arc<Cluster>,
+    use_cases: UseCases,
+    /// Ends every stream once what is under way on it has been answered.
     draining: Arc<Notify>,
 }
 
 impl Pipelines {
-    pub(super) fn new(sessions: Arc<Sessions>, cluster: Arc<Cluster>) -> Self {
-        Self { sessions, cluster, draining: Arc::new(Notify::new()) }
-    }
-
-    /// Ends every stream once what is under way on it has been answered.
-    pub(super) fn draining(&self) -> Arc<Notify> {
-        self.draining.clone()
+    pub(super) fn new(use_cases: UseCases, draining: Arc<Notify>) -> Self {
+        Self { use_cases, draining }
     }
 }
 
@@ -55,10 +60,20 @@ struct Flow {
 /// How full one stream is.
 struct Room {
     under_way: AtomicUsize,
+    /// Acquires that wait, which are not under way.
+    waiting: AtomicUsize,
     made: Notify,
 }
 
 impl Room {
+    fn holding(under_way: usize) -> Self {
+        Self {
+            under_way: AtomicUsize::new(under_way),
+            waiting: AtomicUsize::new(0),
+            made: Notify::new(),
+        }
+    }
+
     fn is_full(&self) -> bool {
         self.under_way.load(Ordering::Acquire) >= PIPELINE_IN_FLIGHT_MAX
     }
@@ -67,6 +82,22 @@ impl Room {
         if self.under_way.fetch_sub(1, Ordering::AcqRel) == PIPELINE_IN_FLIGHT_MAX {
             self.made.notify_one();
         }
+    }
+
+    /// What is under way begins to wait. False if there are too many.
+    fn begins_to_wait(&self) -> bool {
+        if self.waiting.fetch_add(1, Ordering::AcqRel) >= PIPELINE_WAITING_MAX {
+            self.waiting.fetch_sub(1, Ordering::AcqRel);
+            return false;
+        }
+        self.left();
+        true
+    }
+
+    /// What waited is under way again.
+    fn ends_to_wait(&self) {
+        self.under_way.fetch_add(1, Ordering::AcqRel);
+        self.waiting.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -89,14 +120,14 @@ impl PipelineService for Pipelines {
     ) -> Result<Response<Self::PipelineStream>, Status> {
         let requests = request.into_inner();
         let (outbox, outbound) = mpsc::unbounded_channel();
-        let hello = Some(Answer::Hello(describe(&self.cluster)));
+        let hello = Some(Answer::Hello(describe(&self.use_cases.cluster)));
         let hello = v1::PipelineResponse { correlation_id: 0, response: hello };
         // The receiver is held right here.
         let _ = outbox.send(Ok(hello));
         // The hello counts as well, as it leaves like an answer.
-        let room = Arc::new(Room { under_way: AtomicUsize::new(1), made: Notify::new() });
+        let room = Arc::new(Room::holding(1));
         let flow = Arc::new(Flow { outbox, room: room.clone() });
-        tokio::spawn(read(self.sessions.clone(), requests, flow, self.draining.clone()));
+        tokio::spawn(read(self.use_cases.clone(), requests, flow, self.draining.clone()));
         let outbound = UnboundedReceiverStream::new(outbound).inspect(move |_| room.left());
         Ok(Response::new(outbound.boxed()))
     }
@@ -105,7 +136,7 @@ impl PipelineService for Pipelines {
 /// Reads requests until the client ends the stream or the node drains. The stream closes when the
 /// last request under way has dropped its handle on the outbox.
 async fn read(
-    sessions: Arc<Sessions>,
+    use_cases: UseCases,
     mut requests: Streaming<v1::PipelineRequest>,
     flow: Arc<Flow>,
     draining: Arc<Notify>,
@@ -121,11 +152,11 @@ async fn read(
         };
         let Ok(Some(request)) = request else { return };
         flow.room.under_way.fetch_add(1, Ordering::AcqRel);
-        dispatch(&sessions, request, flow.clone());
+        dispatch(&use_cases, request, flow.clone());
     }
 }
 
-fn dispatch(sessions: &Sessions, request: v1::PipelineRequest, flow: Arc<Flow>) {
+fn dispatch(use_cases: &UseCases, request: v1::PipelineRequest, flow: Arc<Flow>) {
     let id = request.correlation_id;
     let timeout = request.timeout.map(|timeout| duration_in("timeout", timeout)).transpose();
     let (timeout, asked) = match (timeout, request.request) {
@@ -133,9 +164,8 @@ fn dispatch(sessions: &Sessions, request: v1::PipelineRequest, flow: Arc<Flow>) 
         (Err(error), _) => return flow.answer(id, Err(error)),
         (_, None) => return flow.answer(id, Err(empty_request())),
     };
-    let call = Call::within(sessions.node(), Caller, timeout);
     let failed = flow.clone();
-    if let Err(error) = serve(sessions, &call, asked, id, flow) {
+    if let Err(error) = serve(use_cases, timeout, asked, id, flow) {
         failed.answer(id, Err(error));
     }
 }
@@ -143,6 +173,39 @@ fn dispatch(sessions: &Sessions, request: v1::PipelineRequest, flow: Arc<Flow>) 
 /// Hands a request to its use case, which answers through `flow`; an error is for the caller to
 /// answer.
 fn serve(
+    use_cases: &UseCases,
+    timeout: Option<Duration>,
+    asked: Asked,
+    id: u64,
+    flow: Arc<Flow>,
+) -> Result<(), Error> {
+    let call = &Call::within(use_cases.sessions.node(), Caller, timeout);
+    match asked {
+        Asked::CreateSession(_)
+        | Asked::GetSession(_)
+        | Asked::BatchGetSessions(_)
+        | Asked::UpdateSession(_)
+        | Asked::TouchSession(_)
+        | Asked::DeleteSession(_)
+        | Asked::ListSessions(_) => serve_session(&use_cases.sessions, call, asked, id, flow),
+        Asked::GrantLease(_)
+        | Asked::KeepAliveLeases(_)
+        | Asked::RevokeLease(_)
+        | Asked::GetLease(_)
+        | Asked::ListLeases(_) => serve_lease(&use_cases.leases, call, asked, id, flow),
+        Asked::AcquireLock(request) => acquire(&use_cases.locks, timeout, request, id, flow),
+        Asked::CancelAcquire(_)
+        | Asked::ReleaseLock(_)
+        | Asked::GetLock(_)
+        | Asked::ListLocks(_)
+        | Asked::BreakLock(_) => serve_lock(&use_cases.locks, call, asked, id, flow),
+        Asked::JoinRing(_) | Asked::LeaveRing(_) | Asked::LocateKeys(_) | Asked::GetRing(_) => {
+            Err(Error::unimplemented("rings"))
+        }
+    }
+}
+
+fn serve_session(
     sessions: &Sessions,
     call: &Call,
     asked: Asked,
@@ -173,28 +236,122 @@ fn serve(
             });
         }
         Asked::TouchSession(request) => {
-            let v1::TouchSessionRequest { context, namespace, session } = request;
-            let to = addressed_in(context, namespace, session)?;
-            sessions.touch(call, &to.context, to.namespace, &to.session, move |result| {
+            let touch = touch_in(request)?;
+            sessions.touch(call, &touch.context, touch.namespace, &touch.session, move |result| {
                 flow.answer(id, result.map(|it| Answer::TouchSession(touched_out(&it))));
             });
         }
         Asked::DeleteSession(request) => {
-            let v1::DeleteSessionRequest { context, namespace, session, expected_version, fence } =
-                request;
-            unfenced(fence)?;
-            let to = addressed_in(context, namespace, session)?;
-            let done = move |result: Result<_, Error>| {
+            sessions.delete(call, delete_in(request)?, move |result| {
                 flow.answer(id, result.map(|it| Answer::DeleteSession(deleted_out(&it))));
-            };
-            sessions.delete(call, &to.context, to.namespace, &to.session, expected_version, done);
+            });
         }
         Asked::ListSessions(request) => {
             sessions.list(call, list_in(request)?, move |result| {
                 flow.answer(id, result.map(|it| Answer::ListSessions(listed_out(&it))));
             });
         }
-        _ => return Err(Error::unimplemented("leases, locks and rings")),
+        _ => return Err(empty_request()),
+    }
+    Ok(())
+}
+
+fn serve_lease(
+    leases: &Leases,
+    call: &Call,
+    asked: Asked,
+    id: u64,
+    flow: Arc<Flow>,
+) -> Result<(), Error> {
+    match asked {
+        Asked::GrantLease(request) => {
+            leases.grant(call, grant_in(request)?, move |result| {
+                flow.answer(id, result.map(|it| Answer::GrantLease(granted_out(&it))));
+            });
+        }
+        Asked::KeepAliveLeases(request) => {
+            leases.renew(call, renew_in(request)?, move |result| {
+                flow.answer(id, result.map(|it| Answer::KeepAliveLeases(renewed_out(it))));
+            });
+        }
+        Asked::RevokeLease(request) => {
+            leases.revoke(call, revoke_in(request)?, move |result| {
+                flow.answer(id, result.map(|it| Answer::RevokeLease(revoked_out(it))));
+            });
+        }
+        Asked::GetLease(request) => {
+            leases.get(call, get_lease_in(request)?, move |result| {
+                flow.answer(id, result.map(|it| Answer::GetLease(found_lease_out(&it))));
+            });
+        }
+        Asked::ListLeases(request) => {
+            leases.list(call, list_leases_in(request)?, move |result| {
+                flow.answer(id, result.map(|it| Answer::ListLeases(listed_leases_out(&it))));
+            });
+        }
+        _ => return Err(empty_request()),
+    }
+    Ok(())
+}
+
+/// Takes a lock, which may take as long as the caller is willing to wait.
+fn acquire(
+    locks: &Locks,
+    timeout: Option<Duration>,
+    request: v1::AcquireLockRequest,
+    id: u64,
+    flow: Arc<Flow>,
+) -> Result<(), Error> {
+    let acquire = acquire_in(request)?;
+    let call = Call::waiting(locks.node(), Caller, timeout, acquire.wait);
+    let waits = !acquire.wait.is_zero();
+    if waits && !flow.room.begins_to_wait() {
+        let what = "requests that wait for locks on this pipeline";
+        return Err(Error::too_many(what, PIPELINE_WAITING_MAX as u64));
+    }
+    locks.acquire(&call, acquire, move |result| {
+        if waits {
+            flow.room.ends_to_wait();
+        }
+        flow.answer(id, result.map(|it| Answer::AcquireLock(acquired_out(&it))));
+    });
+    Ok(())
+}
+
+fn serve_lock(
+    locks: &Locks,
+    call: &Call,
+    asked: Asked,
+    id: u64,
+    flow: Arc<Flow>,
+) -> Result<(), Error> {
+    match asked {
+        Asked::CancelAcquire(request) => {
+            locks.cancel(call, cancel_in(request)?, move |result| {
+                flow.answer(id, result.map(|it| Answer::CancelAcquire(cancelled_out(it))));
+            });
+        }
+        Asked::ReleaseLock(request) => {
+            locks.release(call, release_in(request)?, move |result| {
+                flow.answer(id, result.map(|it| Answer::ReleaseLock(released_out(it))));
+            });
+        }
+        Asked::GetLock(request) => {
+            locks.get(call, get_lock_in(request)?, move |result| {
+                flow.answer(id, result.map(|it| Answer::GetLock(found_lock_out(&it))));
+            });
+        }
+        Asked::ListLocks(request) => {
+            locks.list(call, list_locks_in(request)?, move |result| {
+                flow.answer(id, result.map(|it| Answer::ListLocks(listed_locks_out(&it))));
+            });
+        }
+        Asked::BreakLock(request) => {
+            locks.break_lock(call, break_in(request)?, move |result| {
+                flow.answer(id, result.map(|it| Answer::BreakLock(broken_out(it))));
+            });
+        }
+        _ => return Err(empty_request()),
     }
     Ok(())
 }
