@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::failure::Failure;
-use crate::client::{Handle, NewMember, Selector, SessionId, Timeout};
+use crate::client::{Handle, LeaseId, NewMember, Selector, SessionId, Timeout};
 use crate::limits::{ATTRIBUTE_VALUE_BYTES_MAX, NAME_BYTES_MAX, SESSION_ID_CHARS_MAX};
 
 /// A length such as `10s` or `1h30m`.
@@ -29,6 +29,19 @@ pub(crate) fn timeout(text: &str) -> Result<Timeout, String> {
         return Ok(Timeout::Never);
     }
     duration(text).map(Timeout::After).map_err(|error| format!("{error}, or never"))
+}
+
+/// A lease's id.
+pub(crate) fn lease_id(text: &str) -> Result<LeaseId, String> {
+    LeaseId::new(text).map_err(|error| format!("{error}, as `quorate lease grant` prints it"))
+}
+
+/// A fence: `LOCK:TOKEN`. A lock's name may have colons of its own.
+pub(crate) fn fence(text: &str) -> Result<(String, u64), String> {
+    let parts = text.rsplit_once(':').filter(|(lock, _)| !lock.is_empty());
+    let (lock, token) = parts.ok_or_else(|| format!("{text:?} is not LOCK:TOKEN"))?;
+    let token = token.parse().map_err(|_| format!("{token:?} is no token: a number"))?;
+    Ok((lock.to_owned(), token))
 }
 
 /// `IP:port` to listen on.
@@ -184,6 +197,14 @@ mod tests {
         assert_eq!(parsed[1].peer_address, "node-b:7500");
         for bad in ["", "1", "0=a:1", "x=a:1", "1=a", "1=a:0", "1=a:1,1=b:1", "1=a:1,2=a:1"] {
             assert!(members(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn fences() {
+        assert_eq!(fence("a:b:17"), Ok(("a:b".to_owned(), 17)));
+        for bad in ["", "17", ":17", "a:", "a:x", "a:-1"] {
+            assert!(fence(bad).is_err(), "{bad:?}");
         }
     }
 

@@ -15,6 +15,8 @@ use tokio::time::Instant;
 
 use super::Common;
 use super::argument;
+use super::bench_lease;
+use super::contender;
 use super::failure::Failure;
 use super::load::{Load, Phase, Population, Tally};
 use super::output::{self, Table, count, length};
@@ -32,7 +34,9 @@ const TICK: Duration = Duration::from_millis(200);
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  quorate bench --work update --clients 256 --duration 10s\n\n\
     mixed is 75 % get, 20 % update and 5 % touch. Sessions that create leaves behind expire \
-    after five minutes.")]
+    after five minutes. lock takes and releases a lock of each caller's own, handover one that all \
+    of them wait for: its rate is that of hand-overs. renew keeps --leases alive and counts \
+    renewals and losses.")]
 pub(crate) struct BenchArguments {
     /// What the callers do
     #[arg(long, value_enum, default_value_t = Work::Update)]
@@ -53,6 +57,13 @@ pub(crate) struct BenchArguments {
     /// How many sessions the callers choose from
     #[arg(long, default_value_t = 10_000, value_name = "NUMBER", value_parser = positive)]
     sessions: usize,
+    /// How many leases renew keeps alive
+    #[arg(long, default_value_t = 1_000, value_name = "NUMBER", value_parser = positive)]
+    leases: usize,
+    /// The time to live of those leases
+    #[arg(long, default_value = "20s", value_name = "TIME")]
+    #[arg(value_parser = argument::positive_duration)]
+    ttl: Duration,
     /// Connections they share [default: one a caller, at most 8]
     #[arg(long, value_name = "NUMBER", value_parser = positive)]
     connections: Option<usize>,
@@ -72,6 +83,12 @@ pub(crate) enum Work {
     Create,
     /// Mostly get, some update, a few touch
     Mixed,
+    /// Take a lock that nobody else wants, on a held lease, and release it
+    Lock,
+    /// Hand one lock from caller to caller
+    Handover,
+    /// Keep leases alive
+    Renew,
 }
 
 impl Work {
@@ -81,7 +98,15 @@ impl Work {
             Self::Get => "get",
             Self::Create => "create",
             Self::Mixed => "mixed",
+            Self::Lock => "lock",
+            Self::Handover => "handover",
+            Self::Renew => "renew",
         }
+    }
+
+    /// Whether it is about locks and leases, not sessions.
+    fn is_coordination(self) -> bool {
+        matches!(self, Self::Lock | Self::Handover | Self::Renew)
     }
 }
 
@@ -95,7 +120,7 @@ fn positive(text: &str) -> Result<usize, String> {
 /// Prepares, warms up, measures and reports.
 pub(crate) async fn run(arguments: BenchArguments, common: &Common) -> Result<(), Failure> {
     let population = Population::new(arguments.sessions, arguments.value_size)?;
-    if arguments.work != Work::Create {
+    if arguments.work != Work::Create && !arguments.work.is_coordination() {
         let client = common.client().connections(PREPARE_CONNECTIONS);
         prepare(&client.connect().await?, &population).await?;
     }
@@ -104,9 +129,19 @@ pub(crate) async fn run(arguments: BenchArguments, common: &Common) -> Result<()
         arguments.connections.unwrap_or_else(|| CONNECTIONS_DEFAULT.min(arguments.clients));
     let builder: ClientBuilder = common.client().transport(transport).connections(connections);
     let client = builder.connect().await?;
-    let load = Load::start(&client, arguments.work, population, arguments.clients)?;
+    if arguments.work == Work::Renew {
+        let BenchArguments { leases, ttl, duration, timeline, .. } = arguments;
+        return bench_lease::run(&client, leases, ttl, duration, timeline, common).await;
+    }
+    let contenders = if arguments.work.is_coordination() {
+        contender::prepare(&client, arguments.work, arguments.clients).await?
+    } else {
+        Vec::new()
+    };
+    let load = Load::start(&client, arguments.work, population, arguments.clients, &contenders)?;
     let elapsed = measure(&load, &arguments).await;
     let tally = load.finish().await;
+    contender::end(contenders).await;
     report(&tally, elapsed, &arguments, connections, common)
 }
 
@@ -197,16 +232,16 @@ fn report(
     let transport = if arguments.unary { "unary" } else { "pipeline" };
     let errors: BTreeMap<&str, u64> = tally.errors.iter().map(|(k, v)| (*k, *v)).collect();
     let mut table = Table::plain();
-    table.row([
-        "work".to_owned(),
-        format!(
-            "{} over {transport}, {} callers, {connections} connections, {} sessions, {} B values",
-            arguments.work.name(),
-            count(arguments.clients as u64),
-            count(arguments.sessions as u64),
-            count(arguments.value_size as u64),
-        ),
-    ]);
+    let mut work = format!(
+        "{} over {transport}, {} callers, {connections} connections",
+        arguments.work.name(),
+        count(arguments.clients as u64),
+    );
+    if !arguments.work.is_coordination() {
+        let (sessions, bytes) = (arguments.sessions as u64, arguments.value_size as u64);
+        work.push_str(&format!(", {} sessions, {} B values", count(sessions), count(bytes)));
+    }
+    table.row(["work".to_owned(), work]);
     let done = count(tally.latencies.len());
     table.row([
         "rate".to_owned(),

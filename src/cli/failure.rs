@@ -14,6 +14,9 @@ pub(crate) enum Failure {
     /// It was understood and went wrong.
     #[error("{0}")]
     Failed(String),
+    /// What it is about is not there.
+    #[error("{0}")]
+    NotFound(String),
     /// The request did not succeed.
     #[error("{}", describe(.0))]
     Request(#[from] client::Error),
@@ -33,6 +36,7 @@ impl Failure {
         match self {
             Self::Failed(_) => 1,
             Self::Usage(_) => 2,
+            Self::NotFound(_) => 3,
             Self::Unavailable(_) => 75,
             Self::BrokenPipe => 0,
             Self::Request(error) => match error {

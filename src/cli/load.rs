@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::bench::Work;
+use super::contender::Contender;
 use super::failure::Failure;
 use crate::client::{Client, Error, Handle, NewSession, ReadOptions, SessionId, Sessions, Update};
 use crate::limits::ATTRIBUTE_VALUE_BYTES_MAX;
@@ -160,12 +161,13 @@ pub(crate) struct Progress {
 }
 
 impl Load {
-    /// Sets `callers` to work; their outcomes count once the phase is `Measure`.
+    /// Sets `callers` to work, with a contender each if there are any; their outcomes count once the phase is `Measure`.
     pub(crate) fn start(
         client: &Client,
         work: Work,
         population: Population,
         callers: usize,
+        contenders: &[Contender],
     ) -> Result<Self, Failure> {
         let latencies = Histogram::new_with_bounds(1, LATENCY_MAX, 3)
             .map_err(|error| Failure::Failed(error.to_string()))?;
@@ -177,6 +179,7 @@ impl Load {
             let caller = Caller {
                 sessions: client.sessions(),
                 population: population.clone(),
+                contender: contenders.get(number).cloned(),
                 work,
                 random: Random(number as u64 + 1),
                 shared: shared.clone(),
@@ -218,6 +221,8 @@ impl Shared {
 struct Caller {
     sessions: Sessions,
     population: Population,
+    /// For work on locks.
+    contender: Option<Contender>,
     work: Work,
     random: Random,
     shared: Arc<Shared>,
@@ -249,6 +254,9 @@ impl Caller {
     }
 
     async fn operate(&mut self) -> Result<(), Error> {
+        if let Some(contender) = &self.contender {
+            return contender.operate().await;
+        }
         let random = self.random.next();
         match (self.work, random % 100) {
             (Work::Create, _) => self.create().await,
@@ -261,7 +269,7 @@ impl Caller {
                 let update = Update::new().set(ATTRIBUTE, self.population.value(random >> 32));
                 self.sessions.update(id, update).await.map(drop)
             }
-            (Work::Mixed, _) => {
+            (Work::Mixed | Work::Lock | Work::Handover | Work::Renew, _) => {
                 let id = self.pick()?;
                 self.sessions.touch(id).await.map(drop)
             }

@@ -5,9 +5,14 @@
 
 mod argument;
 mod bench;
+mod bench_lease;
 mod cluster;
+mod contender;
+mod exec;
 mod failure;
+mod lease;
 mod load;
+mod lock;
 mod output;
 mod run;
 pub mod serve;
@@ -83,6 +88,12 @@ enum Command {
     /// Create, read and change sessions
     #[command(subcommand)]
     Session(session::SessionCommand),
+    /// Grant, renew and look at leases
+    #[command(subcommand)]
+    Lease(lease::LeaseCommand),
+    /// Take locks, run commands under them, see who has them
+    #[command(subcommand)]
+    Lock(lock::LockCommand),
     /// Measure a running cluster
     Bench(bench::BenchArguments),
 }
@@ -103,6 +114,8 @@ pub fn run() -> ExitCode {
         Command::Dev(arguments) => return finish(serve::dev(arguments)),
         Command::Cluster(command) => block_on(cluster::run(command, &common)),
         Command::Session(command) => block_on(session::run(command, &common)),
+        Command::Lease(command) => block_on(lease::run(command, &common)),
+        Command::Lock(command) => return finish(block_on(lock::run(command, &common))),
         Command::Bench(arguments) => block_on(bench::run(arguments, &common)),
     };
     finish(result.map(|()| ExitCode::SUCCESS))
@@ -117,7 +130,7 @@ fn finish(result: Result<ExitCode, Failure>) -> ExitCode {
 
 /// Runs a client's command. One thread serves thousands of requests; more would only share cores
 /// with the nodes of the same machine.
-fn block_on(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
     if let Ok(filter) = std::env::var("QUORATE_LOG") {
         serve::start_logging(&filter, serve::LogFormat::Text)?;
     }
@@ -177,8 +190,25 @@ mod tests {
             "quorate session touch 0123456789abcdef",
             "quorate session delete --id 0123456789abcdef",
             "quorate session list --principal p --limit 5",
+            "quorate session set 0123456789abcdef --fence a:b:7 c=d",
+            "quorate session delete 0123456789abcdef --fence a:7",
+            "quorate lease grant --ttl 1m --owner me",
+            "quorate lease keep-alive --once 0123456789abcdef0123456789abcdef",
+            "quorate lease revoke 0123456789abcdef0123456789abcdef",
+            "quorate lease show 0123456789abcdef0123456789abcdef --output json",
+            "quorate lease list --limit 5",
+            "quorate lock exec n --wait 10s --ttl 5s --lock-delay 1s -- sh -c 'exit 3' --shared",
+            "quorate lock exec n --permits 3 -- true",
+            "quorate lock acquire n --lease 0123456789abcdef0123456789abcdef --shared --wait 1m",
+            "quorate lock release n --token 7 --lease 0123456789abcdef0123456789abcdef",
+            "quorate lock show n --limit 5",
+            "quorate lock list --limit 5",
+            "quorate lock break n --token 7 --skip-lock-delay",
             "quorate bench --work mixed --unary --clients 64 --duration 10s --value-size 256 \
              --sessions 1000 --connections 4 --timeline --namespace bench",
+            "quorate bench --work lock --clients 64",
+            "quorate bench --work handover --clients 64",
+            "quorate bench --work renew --leases 25000 --ttl 20s --timeline",
         ] {
             if let Err(error) = parse(line) {
                 panic!("{line}\n{error}");
@@ -197,6 +227,16 @@ mod tests {
             "quorate cluster init --members 1=a:1,1=b:1",
             "quorate bench --work nothing",
             "quorate bench --clients 0",
+            "quorate session set 0123456789abcdef --fence 7 c=d",
+            "quorate lease grant --ttl 0s",
+            "quorate lease keep-alive",
+            "quorate lease show 123",
+            "quorate lock exec n",
+            "quorate lock exec n true",
+            "quorate lock exec n --shared --permits 3 -- true",
+            "quorate lock acquire n",
+            "quorate lock release n",
+            "quorate lock break n",
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
         }

@@ -154,6 +154,16 @@ pub(crate) fn timeout_text(timeout: Option<Duration>) -> String {
     timeout.map_or_else(|| "never".to_owned(), length)
 }
 
+/// A length that may be absent, for people.
+pub(crate) fn length_or_dash(time: Option<Duration>) -> String {
+    time.map_or_else(|| "-".to_owned(), length)
+}
+
+/// Text that somebody else chose and may have left empty.
+pub(crate) fn printable_or_dash(text: &str) -> String {
+    if text.is_empty() { "-".to_owned() } else { printable(text) }
+}
+
 /// How long ago something was, by this machine's clock.
 pub(crate) fn age(time: Option<SystemTime>) -> String {
     time.map_or_else(

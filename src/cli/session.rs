@@ -11,7 +11,8 @@ use super::output::{
     value_text,
 };
 use crate::client::{
-    Created, ListOptions, NewSession, ReadOptions, Selector, Session, Timeout, Update,
+    Created, DeleteOptions, ListOptions, NewSession, ReadOptions, Selector, Session, Timeout,
+    Update,
 };
 use crate::limits::PAGE_SIZE_MAX;
 
@@ -32,7 +33,7 @@ pub(crate) enum SessionCommand {
     /// Count an access: the idle timeout starts again
     Touch(SelectArguments),
     /// End a session for good
-    Delete(SelectArguments),
+    Delete(DeleteArguments),
     /// List the sessions of the namespace, by their handles
     List(ListArguments),
 }
@@ -106,6 +107,9 @@ pub(crate) struct SetArguments {
     /// Change it only if it has this version
     #[arg(long, value_name = "VERSION")]
     expect_version: Option<u64>,
+    /// Change it only while this fencing token holds the lock
+    #[arg(long, value_name = "LOCK:TOKEN", value_parser = argument::fence)]
+    fence: Option<(String, u64)>,
     /// Remove this attribute; may be given several times
     #[arg(long, value_name = "NAME")]
     remove: Vec<String>,
@@ -150,6 +154,9 @@ impl SetArguments {
         if let Some(version) = self.expect_version {
             update = update.expect_version(version);
         }
+        if let Some((lock, token)) = self.fence {
+            update = update.fence(lock, token);
+        }
         if let Some(principal) = self.principal {
             update = update.principal(principal);
         }
@@ -158,6 +165,16 @@ impl SetArguments {
         }
         Ok((selector, update))
     }
+}
+
+/// `quorate session delete`.
+#[derive(Args, Debug)]
+pub(crate) struct DeleteArguments {
+    #[command(flatten)]
+    select: SelectArguments,
+    /// End it only while this fencing token holds the lock
+    #[arg(long, value_name = "LOCK:TOKEN", value_parser = argument::fence)]
+    fence: Option<(String, u64)>,
 }
 
 /// `quorate session list`.
@@ -207,7 +224,11 @@ pub(crate) async fn run(command: SessionCommand, common: &Common) -> Result<(), 
             output.result(&text, &json)
         }
         SessionCommand::Delete(arguments) => {
-            let revision = sessions.delete(arguments.selector()?).await?;
+            let mut options = DeleteOptions::new();
+            if let Some((lock, token)) = arguments.fence {
+                options = options.fence(lock, token);
+            }
+            let revision = sessions.delete_with(arguments.select.selector()?, options).await?;
             output
                 .result(&format!("deleted at revision {revision}"), &json!({"revision": revision}))
         }

@@ -72,8 +72,8 @@ impl LockMode {
 /// Who has a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LockHolder {
-    /// The lease that it hangs from.
-    pub lease: LeaseId,
+    /// The lease that it hangs from; `None` during the lock-delay of a holder that was lost.
+    pub lease: Option<LeaseId>,
     /// Request id of its Acquire.
     pub request_id: u64,
     /// The lease's label.
@@ -86,6 +86,8 @@ pub struct LockHolder {
     pub granted: Option<SystemTime>,
     /// What is left of the lease unless it is renewed.
     pub lease_remaining: Option<Duration>,
+    /// Set when it has lost the lock: for how long its share is kept from others.
+    pub lock_delay_remaining: Option<Duration>,
 }
 
 /// Who waits for a lock.
@@ -131,14 +133,16 @@ pub struct LockRecord {
 impl LockRecord {
     fn from_proto(lock: v1::Lock) -> Result<Self, Error> {
         let holder = |holder: v1::LockHolder| {
+            let lease = Some(&*holder.lease_id).filter(|id| !id.is_empty());
             Ok::<_, Error>(LockHolder {
-                lease: LeaseId::new(&holder.lease_id)?,
+                lease: lease.map(LeaseId::new).transpose()?,
                 request_id: holder.request_id,
                 owner: holder.owner,
                 mode: LockMode::from_proto(holder.mode)?,
                 token: holder.token,
                 granted: system_time(holder.grant_time),
                 lease_remaining: duration_from_proto(holder.lease_remaining),
+                lock_delay_remaining: duration_from_proto(holder.lock_delay_remaining),
             })
         };
         let waiter = |waiter: v1::LockWaiter| {
@@ -171,7 +175,7 @@ impl LockRecord {
 pub struct LockPage {
     /// Revision of the state that it was read from.
     pub revision: u64,
-    /// In the order of their names, without those who wait.
+    /// In the order of their names, each with the first of its holders and waiters only.
     pub locks: Vec<LockRecord>,
     /// What the next page is asked for with; `None` on the last.
     pub next: Option<String>,
@@ -213,24 +217,37 @@ impl Locks {
     ///
     /// # Errors
     ///
-    /// [`Error::LockNotHeld`] when the token does not hold it, which after a connection was lost
-    /// may be because this very call has given it back.
-    pub async fn release(&self, lock: &str, token: u64) -> Result<u64, Error> {
-        self.client.release_lock(lock, token, &mut Progress::default()).await
+    /// [`Error::LockNotHeld`] when the token does not hold it. Without `lease`, which remembers the
+    /// request, that may also be because this very call has given it back, over a connection that
+    /// was lost.
+    pub async fn release(
+        &self,
+        lock: &str,
+        token: u64,
+        lease: Option<LeaseId>,
+    ) -> Result<u64, Error> {
+        self.client.release_lock(lock, token, lease, &mut Progress::default()).await
     }
 
     /// Takes a lock away from the holder of this token, for operators. The holder is not asked and
-    /// finds out late: only fences keep it from doing harm. Returns the revision of that.
+    /// finds out late: only fences keep it from doing harm. Its lock-delay begins, or ends if it is
+    /// to be skipped. Returns the revision of that.
     ///
     /// # Errors
     ///
     /// [`Error::LockNotHeld`] when the token does not hold it.
-    pub async fn break_lock(&self, lock: &str, token: u64) -> Result<u64, Error> {
+    pub async fn break_lock(
+        &self,
+        lock: &str,
+        token: u64,
+        skip_lock_delay: bool,
+    ) -> Result<u64, Error> {
         let request = Request::BreakLock(v1::BreakLockRequest {
             context: None,
             namespace: self.namespace(),
             lock: lock.to_owned(),
             token,
+            skip_lock_delay,
         });
         match self.client.call(request).await? {
             Response::BreakLock(broken) => Ok(broken.revision),
@@ -313,7 +330,7 @@ impl Acquire {
         self.mode(LockMode::Shared)
     }
 
-    /// Takes `take` of its `of` permits (1 to 65,535).
+    /// Takes `take` of its `of` permits (1 to 1,000,000).
     pub fn permits(self, of: u32, take: u32) -> Self {
         self.mode(LockMode::Permits { of, take })
     }
@@ -602,7 +619,9 @@ impl Guard {
     pub async fn release(mut self) -> Result<(), Error> {
         let mut progress = Progress::default();
         // Should this future be dropped, or nobody answer, the guard's own end goes on with it.
-        let released = self.client.release_lock(&self.lock, self.token(), &mut progress).await;
+        let lease = Some(self.held.id);
+        let released =
+            self.client.release_lock(&self.lock, self.token(), lease, &mut progress).await;
         match released {
             // An earlier sending of the same has done it.
             Err(Error::LockNotHeld { .. }) if progress.maybe_applied && !self.is_lost() => {
@@ -623,7 +642,7 @@ impl Drop for Guard {
             return;
         }
         let lock = std::mem::take(&mut self.lock);
-        let request = self.client.release_request(lock, self.grant.token);
+        let request = self.client.release_request(lock, self.token(), Some(self.held.id));
         let liveness = Some(self.held.liveness.clone());
         self.held.runtime.spawn(insist(self.client.clone(), request, liveness));
     }
@@ -643,21 +662,23 @@ impl Client {
         &self,
         lock: &str,
         token: u64,
+        lease: Option<LeaseId>,
         progress: &mut Progress,
     ) -> Result<u64, Error> {
-        let request = self.release_request(lock.to_owned(), token);
+        let request = self.release_request(lock.to_owned(), token, lease);
         match self.call_with(request, self.patience(), progress).await? {
             Response::ReleaseLock(released) => Ok(released.revision),
             _ => Err(mismatched()),
         }
     }
 
-    fn release_request(&self, lock: String, token: u64) -> Request {
+    fn release_request(&self, lock: String, token: u64, lease: Option<LeaseId>) -> Request {
         Request::ReleaseLock(v1::ReleaseLockRequest {
             context: None,
             namespace: self.namespace.to_string(),
             lock,
             token,
+            lease_id: lease.map(|lease| lease.to_string()).unwrap_or_default(),
         })
     }
 }

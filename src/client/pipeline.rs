@@ -12,7 +12,9 @@
 //! Invariants:
 //! - A correlation id is the number of a slot plus one. A slot whose caller has given up stays
 //!   taken until the server has answered, so that a late answer never meets a new request.
-//! - At most [`PIPELINE_IN_FLIGHT_MAX`] slots are taken, and the queue holds no other requests.
+//! - At most [`PIPELINE_IN_FLIGHT_MAX`] slots are taken, and as the server counts them apart
+//!   [`PIPELINE_WAITING_MAX`] more by Acquires that wait: a release behind them may be what they
+//!   wait for. The queue holds no other requests.
 //! - Once `closed` is set no slot is taken, and none will be.
 
 use std::collections::VecDeque;
@@ -34,7 +36,7 @@ use tonic_prost::{ProstCodec, ProstDecoder};
 use super::RESPONSE_BYTES_MAX;
 use super::error::{Error, Failure, transport_message};
 use super::time::duration_to_proto;
-use crate::limits::PIPELINE_IN_FLIGHT_MAX;
+use crate::limits::{PIPELINE_IN_FLIGHT_MAX, PIPELINE_WAITING_MAX};
 use crate::proto::v1::pipeline_request::Request;
 use crate::proto::v1::pipeline_response::Response;
 use crate::proto::v1::{DescribeResponse, PipelineRequest, PipelineResponse};
@@ -134,6 +136,8 @@ struct Shared {
 struct State {
     slots: Vec<Slot>,
     free: Vec<u32>,
+    /// How many slots are taken by Acquires that wait in line.
+    in_line: usize,
     /// Whether anybody has been turned away for want of a slot since one became free.
     crowded: bool,
     queue: VecDeque<Outgoing>,
@@ -153,10 +157,12 @@ enum Slot {
         answer: oneshot::Sender<Result<Response, Failure>>,
         sent: Instant,
         deadline: Instant,
+        in_line: bool,
     },
     /// The caller has given up; the server has not answered. At `deadline` it should have.
     Abandoned {
         deadline: Instant,
+        in_line: bool,
     },
 }
 
@@ -186,12 +192,13 @@ impl Shared {
         if let Some(why) = &state.closed {
             return Err(Err(Failure::NotSent(Error::unavailable(why.clone()))));
         }
-        let Some(index) = state.take_slot() else {
+        let in_line = waits_in_line(&request);
+        let Some(index) = state.take_slot(in_line) else {
             state.crowded = true;
             return Err(Ok(request));
         };
         let (sender, answer) = oneshot::channel();
-        state.slots[index as usize] = Slot::Waiting { answer: sender, sent, deadline };
+        state.slots[index as usize] = Slot::Waiting { answer: sender, sent, deadline, in_line };
         state.queue.push_back(Outgoing { correlation_id: u64::from(index) + 1, timeout, request });
         let writer = state.writer.take();
         let reader = if state.alarm.is_none_or(|alarm| deadline < alarm) {
@@ -264,14 +271,17 @@ impl Shared {
         let mut next: Option<Instant> = None;
         let mut broken = None;
         for slot in slots.iter_mut() {
-            let (Slot::Waiting { deadline, .. } | Slot::Abandoned { deadline }) = *slot else {
+            let (Slot::Waiting { deadline, in_line, .. } | Slot::Abandoned { deadline, in_line }) =
+                *slot
+            else {
                 continue;
             };
             if deadline > now {
                 next = Some(next.map_or(deadline, |next| next.min(deadline)));
                 continue;
             }
-            match std::mem::replace(slot, Slot::Abandoned { deadline: now + ANSWER_GRACE }) {
+            let abandoned = Slot::Abandoned { deadline: now + ANSWER_GRACE, in_line };
+            match std::mem::replace(slot, abandoned) {
                 Slot::Waiting { answer, sent, .. } => {
                     overdue.push(answer);
                     if heard.is_none_or(|heard| heard < sent) {
@@ -294,12 +304,19 @@ impl Shared {
 }
 
 impl State {
-    fn take_slot(&mut self) -> Option<u32> {
+    fn take_slot(&mut self, in_line: bool) -> Option<u32> {
+        let others = self.slots.len() - self.free.len() - self.in_line;
+        let is_full = if in_line {
+            self.in_line >= PIPELINE_WAITING_MAX
+        } else {
+            others >= PIPELINE_IN_FLIGHT_MAX
+        };
+        if is_full {
+            return None;
+        }
+        self.in_line += usize::from(in_line);
         if let Some(index) = self.free.pop() {
             return Some(index);
-        }
-        if self.slots.len() >= PIPELINE_IN_FLIGHT_MAX {
-            return None;
         }
         self.slots.push(Slot::Free);
         u32::try_from(self.slots.len() - 1).ok()
@@ -312,9 +329,18 @@ impl State {
             return None;
         }
         let slot = std::mem::replace(slot, Slot::Free);
+        if let Slot::Waiting { in_line: true, .. } | Slot::Abandoned { in_line: true, .. } = slot {
+            self.in_line -= 1;
+        }
         self.free.push(u32::try_from(index).ok()?);
         Some(slot)
     }
+}
+
+/// Whether the server may hold the answer back until somebody else has done something.
+fn waits_in_line(request: &Request) -> bool {
+    let Request::AcquireLock(request) = request else { return false };
+    request.wait.as_ref().is_some_and(|wait| wait.seconds > 0 || wait.nanos > 0)
 }
 
 /// The body of the call: what is queued.
@@ -483,7 +509,7 @@ impl Encoder for FrameEncoder {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::v1::{GetSessionRequest, GetSessionResponse};
+    use crate::proto::v1::{AcquireLockRequest, GetSessionRequest, GetSessionResponse};
 
     fn request() -> Arc<Request> {
         Arc::new(Request::GetSession(GetSessionRequest::default()))
@@ -563,6 +589,27 @@ mod tests {
         assert!(matches!(shared.submit(request(), Instant::now(), timeout), Err(Ok(_))));
         shared.answer(response(7, 1)).unwrap();
         let _answer = submit(&shared, timeout);
+    }
+
+    #[test]
+    fn acquires_that_wait_leave_room_for_the_release_that_they_wait_for() {
+        let shared = Shared::default();
+        let wait = Some(duration_to_proto(Duration::from_secs(5)));
+        let acquire = AcquireLockRequest { wait, ..Default::default() };
+        let acquire = Arc::new(Request::AcquireLock(acquire));
+        let timeout = Duration::from_secs(9);
+        let submit_acquire = || shared.submit(acquire.clone(), Instant::now(), timeout);
+        let mut waiting: Vec<Answer> = (0..PIPELINE_WAITING_MAX)
+            .map(|_| submit_acquire().unwrap_or_else(|_| panic!()))
+            .collect();
+        assert!(matches!(submit_acquire(), Err(Ok(_))));
+        let _others: Vec<Answer> =
+            (0..PIPELINE_IN_FLIGHT_MAX).map(|_| submit(&shared, timeout)).collect();
+        assert!(matches!(shared.submit(request(), Instant::now(), timeout), Err(Ok(_))));
+        shared.answer(response(1, 1)).unwrap();
+        assert!(waiting[0].try_recv().unwrap().is_ok());
+        assert!(matches!(shared.submit(request(), Instant::now(), timeout), Err(Ok(_))));
+        assert!(submit_acquire().is_ok());
     }
 
     #[test]
