@@ -155,9 +155,10 @@ impl Kept {
     /// Drops what was not used for the longest time, but not that of `latest`.
     fn make_room(&mut self, latest: &RingKey) {
         while self.members > MEMBERS_KEPT_MAX {
-            let others = self.places.iter().filter(|(key, place)| {
-                *key != latest && place.ready.is_some() && !place.building
-            });
+            let others = self
+                .places
+                .iter()
+                .filter(|(key, place)| *key != latest && place.ready.is_some() && !place.building);
             let Some(key) = others.min_by_key(|(_, place)| place.used).map(|(key, _)| key.clone())
             else {
                 return;

@@ -220,9 +220,8 @@ impl Rings {
         done: impl FnOnce(Result<LocatedKeys, Error>) + Send + 'static,
     ) {
         let LocateKeys { namespace, ring, keys, count, consistency } = locate;
-        let valid = valid_locate(&keys, count).and_then(|count| {
-            Ok((ring_key(namespace, ring)?, count))
-        });
+        let valid =
+            valid_locate(&keys, count).and_then(|count| Ok((ring_key(namespace, ring)?, count)));
         let (key, count) = match valid {
             Ok(valid) => valid,
             Err(error) => return done(Err(error)),
@@ -271,7 +270,7 @@ impl Rings {
                 Ok(placed) => placed,
                 Err(error) => return done(Err(error)),
             };
-            let found = |placed: &Placed| FoundRing {
+            let found = move |placed: &Placed| FoundRing {
                 revision,
                 ring: placed.view.clone(),
                 shares: placed.shares().to_vec(),
@@ -407,10 +406,13 @@ mod tests {
             let error = valid_tags(&wrong).unwrap_err();
             assert_eq!(error.reason, "LIMIT_EXCEEDED", "{error}");
         }
-        assert_eq!(valid_tags(&[(String::new(), String::new())].into()).unwrap_err().reason, "INVALID_NAME");
+        assert_eq!(
+            valid_tags(&[(String::new(), String::new())].into()).unwrap_err().reason,
+            "INVALID_NAME"
+        );
 
         let key = Bytes::from_static(b"key");
-        assert_eq!(valid_locate(&[key.clone()], 0), Ok(1));
+        assert_eq!(valid_locate(std::slice::from_ref(&key), 0), Ok(1));
         assert_eq!(valid_locate(&vec![key.clone(); 1_000], 1_000), Ok(1_000));
         assert_eq!(valid_locate(&[], 1).unwrap_err().reason, "INVALID_KEYS");
         let long = Bytes::from(vec![0; 1_025]);

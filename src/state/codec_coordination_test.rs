@@ -257,7 +257,10 @@ fn records_of_rings_have_their_bytes() {
         if let Record::Ring(_) | Record::Member(_) = record
             && !names.contains(&name)
         {
-            assert_eq!(decode_key(&golden(&format!("{name} key"), &encode_key(&key))).unwrap(), key);
+            assert_eq!(
+                decode_key(&golden(&format!("{name} key"), &encode_key(&key))).unwrap(),
+                key
+            );
             assert_eq!(decode_record(&key, &golden(&name, &value)).unwrap(), record);
         }
         restore.insert(&encode_key(&key), &value).unwrap();

@@ -53,6 +53,9 @@ struct LeasePlace {
 /// lock, order.
 type Tie = (LeaseId, u64, Arc<str>, Revision);
 
+/// What names a member within a namespace: its ring's name, and its own.
+pub(super) type MemberName = (Arc<str>, Arc<str>);
+
 /// By which a lease finds its members: lease, ring, member.
 type MemberTie = (LeaseId, Arc<str>, Arc<str>);
 
@@ -84,8 +87,7 @@ pub(super) struct CoordinationRecords {
     pub(super) tombstones: Vec<(LeaseId, Arc<LeaseTombstone>)>,
     pub(super) claims: Vec<(ClaimName, Arc<Claim>)>,
     pub(super) rings: Vec<(Arc<str>, Arc<Ring>)>,
-    /// By ring and name.
-    pub(super) members: Vec<((Arc<str>, Arc<str>), Arc<Member>)>,
+    pub(super) members: Vec<(MemberName, Arc<Member>)>,
 }
 
 impl Coordination {
@@ -394,7 +396,8 @@ impl Coordination {
         if place.is_empty() {
             self.rings.remove(ring);
         }
-        let (old, new) = (before.as_deref().map(Member::lease), after.as_deref().map(Member::lease));
+        let (old, new) =
+            (before.as_deref().map(Member::lease), after.as_deref().map(Member::lease));
         if old == new {
             return before;
         }

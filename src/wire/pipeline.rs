@@ -27,9 +27,8 @@ use super::convert::{
     found_lock_out, found_out, found_ring_out, get_in, get_lease_in, get_lock_in, get_ring_in,
     grant_in, granted_out, join_in, joined_out, leave_in, left_out, list_in, list_leases_in,
     list_locks_in, listed_leases_out, listed_locks_out, listed_out, locate_in, located_out,
-    release_in,
-    released_out, renew_in, renewed_out, revoke_in, revoked_out, touch_in, touched_out, update_in,
-    updated_out,
+    release_in, released_out, renew_in, renewed_out, revoke_in, revoked_out, touch_in, touched_out,
+    update_in, updated_out,
 };
 use super::status::{empty_request, pipeline_error};
 use crate::limits::{PIPELINE_IN_FLIGHT_MAX, PIPELINE_WAITING_MAX};
