@@ -71,6 +71,20 @@ pub const LOCK_POSITION_MAX: usize = 1_000;
 pub const RING_MEMBERS_MAX: usize = 1_000;
 /// Largest weight of a member of a ring.
 pub const RING_WEIGHT_MAX: u32 = 1_000;
+/// Most tags of a member of a ring.
+pub const RING_MEMBER_TAGS_MAX: usize = 64;
+/// Longest value of a tag, in bytes.
+pub const RING_TAG_VALUE_BYTES_MAX: usize = 1_024;
+/// Most bytes of names and values of a member's tags: so a message holds a ring of any size.
+pub const RING_MEMBER_TAG_BYTES_MAX: usize = 2_048;
+/// Most members of rings that hang from one lease.
+pub const MEMBERS_PER_LEASE_MAX: usize = 1_024;
+/// Most keys of one LocateKeys, and most members for each.
+pub const LOCATE_KEYS_MAX: usize = 1_000;
+/// Longest key that is located, in bytes.
+pub const LOCATE_KEY_BYTES_MAX: usize = 1_024;
+/// Most members named in one answer to LocateKeys: so a message holds it, whatever their names.
+pub const LOCATE_PLACEMENTS_MAX: usize = 10_000;
 
 /// Log entries under way at once from one node's queue; the prototype gained nothing beyond 8.
 pub const ENTRIES_IN_FLIGHT_MAX: usize = 8;

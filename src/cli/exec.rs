@@ -153,7 +153,7 @@ async fn stop(
 }
 
 /// Gives the lease back. Where that fails it ends by itself.
-async fn end(lease: Lease) {
+pub(super) async fn end(lease: Lease) {
     let is_lost = lease.is_lost();
     if let Err(error) = lease.revoke().await
         && !is_lost
@@ -181,26 +181,26 @@ fn ended_by(signal: Signal) -> ExitCode {
 }
 
 /// Host and process, as far as they are known.
-fn owner() -> String {
+pub(super) fn owner() -> String {
     let system = rustix::system::uname();
     format!("{}/{}", system.nodename().to_string_lossy(), std::process::id())
 }
 
 /// The signals that ask this process to end.
-struct Signals {
+pub(super) struct Signals {
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,
 }
 
 impl Signals {
-    fn new() -> Result<Self, Failure> {
+    pub(super) fn new() -> Result<Self, Failure> {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
         })
     }
 
-    async fn next(&mut self) -> Signal {
+    pub(super) async fn next(&mut self) -> Signal {
         tokio::select! {
             _ = self.interrupt.recv() => Signal::INT,
             _ = self.terminate.recv() => Signal::TERM,

@@ -86,6 +86,9 @@ fn describe(error: &client::Error) -> String {
             "take another id, or wait a minute"
         }
         Error::VersionMismatch { .. } => "read it again",
+        Error::NotFound { reason, .. } if reason == "RING_EMPTY" => {
+            "its members' leases may have ended, or it is in another --namespace"
+        }
         Error::NotFound { reason, .. } if reason == "LEASE_NOT_FOUND" => {
             "it may have run out, been revoked, or be in another --namespace"
         }

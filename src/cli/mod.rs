@@ -14,6 +14,7 @@ mod lease;
 mod load;
 mod lock;
 mod output;
+mod ring;
 mod run;
 pub mod serve;
 mod session;
@@ -94,6 +95,9 @@ enum Command {
     /// Take locks, run commands under them, see who has them
     #[command(subcommand)]
     Lock(lock::LockCommand),
+    /// Join rings, and see which member serves which key
+    #[command(subcommand)]
+    Ring(ring::RingCommand),
     /// Measure a running cluster
     Bench(bench::BenchArguments),
 }
@@ -115,6 +119,7 @@ pub fn run() -> ExitCode {
         Command::Cluster(command) => block_on(cluster::run(command, &common)),
         Command::Session(command) => block_on(session::run(command, &common)),
         Command::Lease(command) => block_on(lease::run(command, &common)),
+        Command::Ring(command) => block_on(ring::run(command, &common)),
         Command::Lock(command) => return finish(block_on(lock::run(command, &common))),
         Command::Bench(arguments) => block_on(bench::run(arguments, &common)),
     };
@@ -204,6 +209,12 @@ mod tests {
             "quorate lock show n --limit 5",
             "quorate lock list --limit 5",
             "quorate lock break n --token 7 --skip-lock-delay",
+            "quorate ring join r m --lease 0123456789abcdef0123456789abcdef --address a:1 \
+             --weight 3 zone=east",
+            "quorate ring join r m --ttl 15s",
+            "quorate ring leave r m --lease 0123456789abcdef0123456789abcdef",
+            "quorate ring locate r a b --count 2 --local",
+            "quorate ring show r --local --output json",
             "quorate bench --work mixed --unary --clients 64 --duration 10s --value-size 256 \
              --sessions 1000 --connections 4 --timeline --namespace bench",
             "quorate bench --work lock --clients 64",
@@ -237,6 +248,12 @@ mod tests {
             "quorate lock acquire n",
             "quorate lock release n",
             "quorate lock break n",
+            "quorate ring join r m",
+            "quorate ring join r m --ttl 15s --lease 0123456789abcdef0123456789abcdef",
+            "quorate ring join r m --ttl 15s --weight 0",
+            "quorate ring join r m --ttl 15s zone",
+            "quorate ring locate r",
+            "quorate ring locate r k --count 0",
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
         }

@@ -67,7 +67,7 @@ pub struct LeaseTiming {
 }
 
 impl LeaseTiming {
-    fn from_proto(timing: v1::LeaseTiming) -> Result<Self, Error> {
+    pub(super) fn from_proto(timing: v1::LeaseTiming) -> Result<Self, Error> {
         let remaining = duration_from_proto(timing.remaining).ok_or_else(mismatched)?;
         let renew_after = duration_from_proto(timing.renew_after)
             .filter(|after| !after.is_zero())

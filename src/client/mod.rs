@@ -78,6 +78,7 @@ mod lock;
 mod pipeline;
 mod pool;
 mod retry;
+mod ring;
 mod session;
 #[cfg(test)]
 #[cfg(feature = "server")]
@@ -100,6 +101,9 @@ pub use self::lease::{Lease, LeaseOptions, LeasePage, LeaseRecord, LeaseTiming, 
 pub use self::liveness::Loss;
 pub use self::lock::{
     Acquire, Grant, Guard, LockHolder, LockMode, LockPage, LockRecord, LockWaiter, Locks,
+};
+pub use self::ring::{
+    Joined, Located, NewRingMember, Ring, RingMember, RingReadOptions, RingShares, Rings,
 };
 pub use self::session::{
     Created, DeleteOptions, Found, ListOptions, NewSession, Page, ReadOptions, Session, Sessions,
@@ -158,6 +162,11 @@ impl Client {
     /// The calls on locks, in this client's namespace.
     pub fn locks(&self) -> Locks {
         Locks::new(self.clone())
+    }
+
+    /// The calls on rings, in this client's namespace.
+    pub fn rings(&self) -> Rings {
+        Rings::new(self.clone())
     }
 
     /// The namespace that calls go to.

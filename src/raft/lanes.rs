@@ -45,7 +45,8 @@ impl Lane {
             | Command::RevokeLease { .. }
             | Command::ReleaseLock { .. }
             | Command::CancelAcquire { .. }
-            | Command::BreakLock { .. } => Self::Urgent,
+            | Command::BreakLock { .. }
+            | Command::LeaveRing { .. } => Self::Urgent,
             Command::GrantLease { .. } => Self::Grant,
             Command::RenewLeases { .. } => Self::Renewal,
             Command::Tick => Self::Tick,

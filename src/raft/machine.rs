@@ -237,6 +237,8 @@ fn trace(change: &Change) {
         RecordKey::Session(key) | RecordKey::Tombstone(key) => (&key.namespace, &key.digest),
         RecordKey::Lease(key) | RecordKey::LeaseTombstone(key) => (&key.namespace, &key.id),
         RecordKey::Claim(key) => (&key.lock.namespace, &key.lock.name),
+        RecordKey::Ring(key) => (&key.namespace, &key.name),
+        RecordKey::Member(key) => (&key.ring.namespace, &key.name),
     };
     tracing::debug!(
         target: "quorate::changes",

@@ -269,6 +269,21 @@ impl Error {
             Rejection::TooManyLeases(limit) => Self::full("leases in the namespace", limit),
             Rejection::TooManyWaiters(limit) => Self::full("waiters for the lock", limit),
             Rejection::TooManyClaims(limit) => Self::full("claims on the lease", limit),
+            Rejection::MemberExists => Self::new(
+                ErrorKind::AlreadyExists,
+                "MEMBER_EXISTS",
+                "a member of this name hangs from another lease; take another name, or wait until \
+                 that lease has ended",
+            ),
+            Rejection::MemberNotFound => Self::new(
+                ErrorKind::NotFound,
+                "MEMBER_NOT_FOUND",
+                "the ring has no member of this name, or not on the lease that was named",
+            ),
+            Rejection::TooManyMembers(limit) => Self::full("members of the ring", limit),
+            Rejection::TooManyMembersOfLease(limit) => {
+                Self::full("members of rings on the lease", limit)
+            }
             Rejection::MalformedCommand => Self::new(
                 ErrorKind::Internal,
                 "MALFORMED_COMMAND",

@@ -5,12 +5,14 @@
 //! wake-up for each; a single call wraps the callback in a future.
 
 mod caller;
+mod circles;
 mod cluster;
 mod error;
 mod field;
 mod lease;
 mod lock;
 mod request;
+mod ring;
 mod session;
 
 pub use caller::Caller;
@@ -25,6 +27,9 @@ pub use lock::{
     ReleaseLock,
 };
 pub use request::{Call, Consistency, Deadline, RequestContext};
+pub use ring::{
+    FoundRing, GetRing, JoinRing, JoinedRing, LeaveRing, LocateKeys, LocatedKeys, Rings,
+};
 pub use session::{
     BatchGet, Created, DeleteSession, Deleted, Found, GetSession, ListSessions, Listed, NewSession,
     SessionFence, SessionSelector, SessionUpdate, Sessions, Touched, Updated, session_digest,

@@ -13,7 +13,7 @@ use super::void::Voids;
 use crate::limits::{LEASE_RENEWALS_MAX, LEASE_TTL_MAX, LEASE_TTL_MIN, LEASES_MAX, NAME_BYTES_MAX};
 
 impl State {
-    /// Applies a command on leases or locks, and then does what it leads to.
+    /// Applies a command on leases, locks or rings, and then does what it leads to.
     pub(super) fn coordinate(
         &mut self,
         command: &Command,
@@ -35,6 +35,8 @@ impl State {
             Command::BreakLock { request, lock, token, delay } => {
                 self.break_lock(request, lock, *token, *delay, &mut step)
             }
+            Command::JoinRing { .. } => self.join_ring(command, resend, &mut step),
+            Command::LeaveRing { .. } => self.leave_ring(command, resend, &mut step),
             Command::CreateSession { .. }
             | Command::UpdateSession { .. }
             | Command::TouchSession { .. }

@@ -243,7 +243,7 @@ impl State {
     }
 
     /// Judges a request by what its lease remembers, or what remains of it.
-    fn judge_by_lease(
+    pub(super) fn judge_by_lease(
         &self,
         key: &LeaseKey,
         request: &Request,

@@ -18,15 +18,17 @@ use super::FEATURE_LEVEL;
 use super::attributes::{Attributes, is_well_formed};
 use super::claim::{ClaimKey, LockKey, LockKind};
 use super::codec_coordination as coordination;
+use super::codec_ring as ring;
 use super::command::{
     Attribute, Command, Digest, Fence, Namespace, Outcome, Record, RecordKey, Rejection, Reply,
     Request, Revision, SessionKey,
 };
-use super::digest::{CLAIM, LEASE, LEASE_TOMBSTONE, SESSION, TOMBSTONE};
+use super::digest::{CLAIM, LEASE, LEASE_TOMBSTONE, MEMBER, RING, SESSION, TOMBSTONE};
 use super::lease::{LeaseId, LeaseKey};
 use super::packing::Reader;
 use super::restore::StateHeader;
 use super::retry::{Remembered, Requests};
+use super::ring::{MemberKey, RingKey};
 use super::session::{Facts, Session, Times, packed_timeout, unpacked_timeout};
 use super::time::{Stamp, Timeout, Timestamp};
 use super::tombstone::Tombstone;
@@ -175,6 +177,9 @@ pub fn encode_command(command: &Command) -> Bytes {
         | Command::BreakLock { .. } => {
             return coordination::stored_command(command).encode_to_vec().into();
         }
+        Command::JoinRing { .. } | Command::LeaveRing { .. } => {
+            return ring::stored_command(command).encode_to_vec().into();
+        }
         Command::Tick => {
             let tick = Some(Body::Tick(stored::Tick {}));
             return stored::Command { body: tick, ..Default::default() }.encode_to_vec().into();
@@ -231,6 +236,9 @@ pub fn decode_command(bytes: Bytes) -> Result<Command, CodecError> {
             expected_version: body.expected_version.map(Revision),
             fence: body.fence.map(fence),
         },
+        body @ (Body::JoinRing(_) | Body::LeaveRing(_)) => {
+            return ring::command(request, namespace, body);
+        }
         body => return coordination::command(request, namespace, body),
     })
 }
@@ -296,6 +304,10 @@ fn stored_rejection(rejection: Rejection) -> stored::Rejection {
         Rejection::AcquireEnded => (Reason::AcquireEnded, 0),
         Rejection::TooManyWaiters(limit) => (Reason::TooManyWaiters, limit),
         Rejection::TooManyClaims(limit) => (Reason::TooManyClaims, limit),
+        Rejection::MemberExists => (Reason::MemberExists, 0),
+        Rejection::MemberNotFound => (Reason::MemberNotFound, 0),
+        Rejection::TooManyMembers(limit) => (Reason::TooManyMembers, limit),
+        Rejection::TooManyMembersOfLease(limit) => (Reason::TooManyMembersOfLease, limit),
         Rejection::MalformedCommand => (Reason::MalformedCommand, 0),
     };
     stored::Rejection { reason: reason.into(), detail }
@@ -329,6 +341,10 @@ fn rejection(stored: stored::Rejection) -> Result<Rejection, CodecError> {
         Reason::AcquireEnded => Rejection::AcquireEnded,
         Reason::TooManyWaiters => Rejection::TooManyWaiters(detail),
         Reason::TooManyClaims => Rejection::TooManyClaims(detail),
+        Reason::MemberExists => Rejection::MemberExists,
+        Reason::MemberNotFound => Rejection::MemberNotFound,
+        Reason::TooManyMembers => Rejection::TooManyMembers(detail),
+        Reason::TooManyMembersOfLease => Rejection::TooManyMembersOfLease(detail),
         Reason::MalformedCommand => Rejection::MalformedCommand,
     })
 }
@@ -350,6 +366,8 @@ pub fn encode_key(key: &RecordKey) -> Bytes {
             let (namespace, name) = (lock.namespace.0.as_bytes(), lock.name.as_bytes());
             [&[CLAIM][..], namespace, name, &length, &order.0.to_be_bytes()].concat().into()
         }
+        RecordKey::Ring(key) => ring::stored_key(RING, key, &[]),
+        RecordKey::Member(MemberKey { ring: key, name }) => ring::stored_key(MEMBER, key, &[name]),
     }
 }
 
@@ -360,6 +378,8 @@ pub(super) enum KeyName<'a> {
     Lease(LeaseId),
     LeaseTombstone(LeaseId),
     Claim(&'a str, Revision),
+    Ring(&'a str),
+    Member(&'a str, &'a str),
 }
 
 impl KeyName<'_> {
@@ -372,6 +392,11 @@ impl KeyName<'_> {
             Self::Claim(name, order) => {
                 let lock = LockKey { namespace, name: Arc::from(name) };
                 RecordKey::Claim(ClaimKey { lock, order })
+            }
+            Self::Ring(name) => RecordKey::Ring(RingKey { namespace, name: Arc::from(name) }),
+            Self::Member(ring, name) => {
+                let ring = RingKey { namespace, name: Arc::from(ring) };
+                RecordKey::Member(MemberKey { ring, name: Arc::from(name) })
             }
         }
     }
@@ -390,6 +415,14 @@ pub(super) fn split_key(key: &[u8]) -> Result<(&str, KeyName<'_>), CodecError> {
         let (namespace, name) = rest.split_at(split);
         let order = Revision(u64::from_be_bytes(*order));
         return Ok((text(namespace)?, KeyName::Claim(text(name)?, order)));
+    }
+    if *kind == RING {
+        let (namespace, [name]) = ring::split_key(rest)?;
+        return Ok((namespace, KeyName::Ring(name)));
+    }
+    if *kind == MEMBER {
+        let (namespace, [ring, name]) = ring::split_key(rest)?;
+        return Ok((namespace, KeyName::Member(ring, name)));
     }
     let (namespace, id) = rest.split_last_chunk().ok_or_else(too_short)?;
     let name = match *kind {
@@ -427,6 +460,8 @@ pub fn encode_record(record: &Record, out: &mut Vec<u8>) {
         Record::Lease(lease) => coordination::stored_lease(lease),
         Record::LeaseTombstone(tombstone) => coordination::stored_lease_tombstone(tombstone),
         Record::Claim(claim) => coordination::stored_claim(claim),
+        Record::Ring(ring) => ring::stored_ring(ring),
+        Record::Member(member) => ring::stored_member(member),
     };
     let record = stored::Record { record: Some(record) };
     record.encode(out).expect("a vector grows as needed");
@@ -465,6 +500,12 @@ pub(super) fn decode_record_with(
         }
         (RecordKey::Claim(key), stored::record::Record::Claim(claim)) => {
             Ok(Record::Claim(Arc::new(coordination::claim(key, claim)?)))
+        }
+        (RecordKey::Ring(key), stored::record::Record::Ring(ring)) => {
+            Ok(Record::Ring(Arc::new(ring::ring(key, ring))))
+        }
+        (RecordKey::Member(key), stored::record::Record::Member(member)) => {
+            Ok(Record::Member(Arc::new(ring::member(key, member)?)))
         }
         _ => Err(Malformed("a record of another kind than its key")),
     }

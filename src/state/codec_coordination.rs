@@ -65,6 +65,8 @@ pub(super) fn stored_command(command: &Command) -> stored::Command {
         | Command::UpdateSession { .. }
         | Command::TouchSession { .. }
         | Command::DeleteSession { .. }
+        | Command::JoinRing { .. }
+        | Command::LeaveRing { .. }
         | Command::Tick => unreachable!("the codec keeps those to itself"),
     };
     let request = request.map(stored_request);
@@ -146,6 +148,10 @@ pub(super) fn stored_outcome(outcome: &Outcome) -> StoredOutcome {
         Outcome::LockWaiting { position } => {
             StoredOutcome::LockWaiting(stored::LockWaiting { position: *position })
         }
+        Outcome::RingJoined { lease_deadline } => {
+            let lease_deadline = lease_deadline.0;
+            StoredOutcome::RingJoined(stored::RingJoined { lease_deadline })
+        }
         Outcome::Written { .. } | Outcome::Rejected(_) => {
             unreachable!("the codec keeps those to itself")
         }
@@ -170,6 +176,9 @@ pub(super) fn outcome(outcome: StoredOutcome) -> Result<Outcome, CodecError> {
         }
         StoredOutcome::LockWaiting(stored::LockWaiting { position }) => {
             Outcome::LockWaiting { position }
+        }
+        StoredOutcome::RingJoined(stored::RingJoined { lease_deadline }) => {
+            Outcome::RingJoined { lease_deadline: Timestamp(lease_deadline) }
         }
         StoredOutcome::Written(_) | StoredOutcome::Rejection(_) => {
             return Err(Malformed("an outcome that belongs elsewhere"));
@@ -292,11 +301,11 @@ pub(super) fn claim(key: &ClaimKey, claim: stored::ClaimRecord) -> Result<Claim,
     Ok(claim.sealed(key))
 }
 
-fn stored_id(id: LeaseId) -> Bytes {
+pub(super) fn stored_id(id: LeaseId) -> Bytes {
     Bytes::copy_from_slice(&id.0)
 }
 
-fn id(id: &Bytes) -> Result<LeaseId, CodecError> {
+pub(super) fn id(id: &Bytes) -> Result<LeaseId, CodecError> {
     let id = id.as_ref().try_into().map_err(|_| Malformed("a lease id not of 16 bytes"))?;
     Ok(LeaseId(id))
 }

@@ -1,4 +1,4 @@
-//! Golden bytes of what is stored of leases and locks; see `codec_test`.
+//! Golden bytes of what is stored of leases, locks and rings; see `codec_test`.
 
 use std::time::Duration;
 
@@ -33,6 +33,22 @@ fn acquire(id: u64, name: &str, lease: LeaseId, mode: LockMode) -> Command {
         wait: Duration::from_secs(3),
         lock_delay: Duration::from_secs(60),
     }
+}
+
+fn member(ring: &str, name: &str) -> MemberKey {
+    let ring = RingKey { namespace: Namespace("web".into()), name: ring.into() };
+    MemberKey { ring, name: name.into() }
+}
+
+fn join(id: u64, name: &str, lease: LeaseId) -> Command {
+    let tag = |name: &str, value: &str| (name.to_string(), value.to_string());
+    let tags = [tag("zone", "east"), tag("build", "")].into();
+    let data = MemberData { address: "10.0.0.1:80".into(), weight: 300, tags };
+    Command::JoinRing { request: request(id), member: member("shards", name), lease, data }
+}
+
+fn leave(id: u64, lease: Option<LeaseId>) -> Command {
+    Command::LeaveRing { request: request(id), member: member("shards", "one"), lease }
 }
 
 fn fence() -> Option<Fence> {
@@ -79,6 +95,9 @@ fn commands() -> Vec<(&'static str, Command)> {
                 delay: true,
             },
         ),
+        ("join", join(22, "one", LEASE)),
+        ("leave", leave(23, Some(LEASE))),
+        ("leave whichever", leave(24, None)),
         (
             "update with a fence",
             Command::UpdateSession {
@@ -157,6 +176,7 @@ fn replies_have_their_bytes() {
             lease_deadline: Timestamp(301),
         },
         Outcome::LockWaiting { position: 300 },
+        Outcome::RingJoined { lease_deadline: Timestamp(301) },
     ];
     let rejections = [
         Rejection::Fenced,
@@ -171,6 +191,10 @@ fn replies_have_their_bytes() {
         Rejection::AcquireEnded,
         Rejection::TooManyWaiters(300),
         Rejection::TooManyClaims(300),
+        Rejection::MemberExists,
+        Rejection::MemberNotFound,
+        Rejection::TooManyMembers(300),
+        Rejection::TooManyMembersOfLease(300),
     ];
     outcomes.extend(rejections.map(Outcome::Rejected));
     for outcome in outcomes {
@@ -212,6 +236,86 @@ fn records_have_their_bytes() {
     }
     assert_eq!(names.len(), 7, "{names:?}");
     assert_eq!(restore.finish().unwrap().header(), state.header());
+}
+
+#[test]
+fn records_of_rings_have_their_bytes() {
+    let mut state = State::new();
+    state.advance(Stamp { time: Timestamp(1_000), steady: Timestamp(900) });
+    for command in [grant(1, LEASE), join(2, "one", LEASE), join(3, "two", LEASE)] {
+        let reply = state.apply(&command, false, &mut Vec::new());
+        assert!(!matches!(reply.outcome, Outcome::Rejected(_)), "{command:?}: {reply:?}");
+    }
+    let header = golden("header with a ring", &state.header());
+    golden("digest with a ring", &state.digest().0.to_be_bytes());
+    let mut restore = Restore::new(&header).unwrap();
+    let mut names = Vec::new();
+    for (key, record) in state.records() {
+        let name = format!("{} with a ring", key.kind());
+        let mut value = Vec::new();
+        encode_record(&record, &mut value);
+        if let Record::Ring(_) | Record::Member(_) = record
+            && !names.contains(&name)
+        {
+            assert_eq!(
+                decode_key(&golden(&format!("{name} key"), &encode_key(&key))).unwrap(),
+                key
+            );
+            assert_eq!(decode_record(&key, &golden(&name, &value)).unwrap(), record);
+        }
+        restore.insert(&encode_key(&key), &value).unwrap();
+        names.push(name);
+    }
+    assert_eq!(names.len(), 4, "{names:?}");
+    assert_eq!(restore.finish().unwrap().header(), state.header());
+}
+
+#[test]
+fn keys_of_rings_are_distinct() {
+    let ring = |name: &str| RingKey { namespace: Namespace("a".into()), name: name.into() };
+    let keys = [
+        RecordKey::Ring(ring("bc")),
+        RecordKey::Ring(RingKey { namespace: Namespace("ab".into()), name: "c".into() }),
+        RecordKey::Member(MemberKey { ring: ring("b"), name: "c".into() }),
+        RecordKey::Member(MemberKey { ring: ring("bc"), name: "".into() }),
+        RecordKey::Member(MemberKey { ring: ring("b"), name: "c\0".into() }),
+    ];
+    let encoded: std::collections::BTreeSet<_> = keys.iter().map(encode_key).collect();
+    assert_eq!(encoded.len(), keys.len());
+    assert!(keys.iter().all(|key| decode_key(&encode_key(key)).unwrap() == *key));
+}
+
+/// A ring without members, members without their ring, and a ring that was last changed before one
+/// of them was.
+#[test]
+fn rings_that_do_not_go_together_are_refused() {
+    let mut state = State::new();
+    for command in [grant(1, LEASE), join(2, "one", LEASE)] {
+        state.apply(&command, false, &mut Vec::new());
+    }
+    let restored = |change: &dyn Fn(&RecordKey, &mut Vec<u8>) -> bool| {
+        let mut restore = Restore::new(&state.header()).unwrap();
+        for (key, record) in state.records() {
+            let mut value = Vec::new();
+            encode_record(&record, &mut value);
+            if change(&key, &mut value) {
+                restore.insert(&encode_key(&key), &value).unwrap();
+            }
+        }
+        restore.finish()
+    };
+    assert!(restored(&|_, _| true).is_ok());
+    let is_ring = |key: &RecordKey| matches!(key, RecordKey::Ring(_));
+    let is_member = |key: &RecordKey| matches!(key, RecordKey::Member(_));
+    let malformed = |restored| matches!(restored, Err(CodecError::Malformed(_)));
+    assert!(malformed(restored(&|key, _| !is_ring(key))));
+    assert!(malformed(restored(&|key, _| !is_member(key))));
+    assert!(malformed(restored(&|key, value| {
+        if is_ring(key) {
+            *value.last_mut().unwrap() -= 1;
+        }
+        true
+    })));
 }
 
 #[test]
@@ -282,6 +386,7 @@ proptest! {
             Bytes::from(bytes)
         };
         let mut state = state();
+        state.apply(&join(30, "three", LEASE), false, &mut Vec::new());
         for (_, command) in commands() {
             if let Ok(command) = decode_command(damage(&encode_command(&command))) {
                 let reply = state.apply(&command, false, &mut Vec::new());

@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use super::claim::{Claim, ClaimKey, LockKey, LockKind, LockMode};
 use super::lease::{Lease, LeaseId, LeaseKey, LeaseTombstone};
+use super::ring::{Member, MemberData, MemberKey, Ring, RingKey};
 use super::session::Session;
 use super::time::{Timeout, Timestamp};
 use super::tombstone::Tombstone;
@@ -239,6 +240,27 @@ pub enum Command {
         /// Whether the holder's lock-delay is kept.
         delay: bool,
     },
+    /// Makes somebody a member of a ring, or changes what the member says of itself.
+    JoinRing {
+        /// What makes it happen once; remembered on the lease.
+        request: Request,
+        /// The member: ring and name.
+        member: MemberKey,
+        /// The lease that it hangs from.
+        lease: LeaseId,
+        /// What it says of itself.
+        data: MemberData,
+    },
+    /// Removes a member from its ring.
+    LeaveRing {
+        /// What makes it happen once; remembered on the lease of the member.
+        request: Request,
+        /// The member: ring and name.
+        member: MemberKey,
+        /// Only if it hangs from this lease. Without it, a resend of what was applied is refused as
+        /// `MemberNotFound`, or as `OutcomeUnknown` where somebody has joined under the name since.
+        lease: Option<LeaseId>,
+    },
     /// Removes what has expired, at most `EXPIRE_BATCH_MAX` records of it.
     Tick,
 }
@@ -305,7 +327,7 @@ pub enum Outcome {
         /// When the session expires; `None` for never, or after a delete.
         deadline: Option<Timestamp>,
     },
-    /// A lease was revoked, a lock released or broken, an Acquire cancelled.
+    /// A lease was revoked, a lock released or broken, an Acquire cancelled, a ring left.
     Done,
     /// A lease is there.
     LeaseGranted {
@@ -328,6 +350,12 @@ pub enum Outcome {
         /// Its place in the queue, from 1, counted no further than `LOCK_POSITION_MAX`. Those who
         /// have given up and have not been swept count.
         position: u32,
+    },
+    /// The member is on its ring. The reply's revision is that of the change, or, if there was
+    /// nothing to change, the ring's.
+    RingJoined {
+        /// When the lease ends unless it is renewed.
+        lease_deadline: Timestamp,
     },
     /// It was refused, on every node alike, and nothing changed.
     Rejected(Rejection),
@@ -376,6 +404,14 @@ pub enum Rejection {
     TooManyWaiters(u64),
     /// So many claims hang from the lease.
     TooManyClaims(u64),
+    /// A member of that name hangs from another lease, which is alive.
+    MemberExists,
+    /// The ring has no member of that name, or that hangs from another lease than was named.
+    MemberNotFound,
+    /// The ring has so many members.
+    TooManyMembers(u64),
+    /// So many members of rings hang from the lease.
+    TooManyMembersOfLease(u64),
     /// It could not be decoded. Only a defect leads here; every node refuses it alike.
     MalformedCommand,
 }
@@ -394,6 +430,10 @@ pub enum RecordKey {
     LeaseTombstone(LeaseKey),
     /// A claim on a lock.
     Claim(ClaimKey),
+    /// A ring.
+    Ring(RingKey),
+    /// A member of a ring.
+    Member(MemberKey),
 }
 
 impl RecordKey {
@@ -405,6 +445,8 @@ impl RecordKey {
             Self::Lease(_) => "lease",
             Self::LeaseTombstone(_) => "lease tombstone",
             Self::Claim(_) => "claim",
+            Self::Ring(_) => "ring",
+            Self::Member(_) => "member",
         }
     }
 }
@@ -422,6 +464,10 @@ pub enum Record {
     LeaseTombstone(Arc<LeaseTombstone>),
     /// A claim on a lock.
     Claim(Arc<Claim>),
+    /// A ring.
+    Ring(Arc<Ring>),
+    /// A member of a ring.
+    Member(Arc<Member>),
 }
 
 /// What applying a command did to one record.
@@ -470,14 +516,19 @@ pub enum Cause {
     Cancelled,
     /// A waiter's deadline passed.
     TimedOut,
-    /// The lease of a claim expired. A holder is lost, and `Delayed` if it wants a lock-delay.
+    /// The lease of a claim or member expired. A holder is lost, and `Delayed` if it wants a
+    /// lock-delay.
     LeaseExpired,
-    /// The lease of a claim was revoked. A holder is lost.
+    /// The lease of a claim or member was revoked. A holder is lost.
     LeaseRevoked,
     /// An operator took the lock from its holder. `Delayed` if a lock-delay was to be kept.
     Broken,
     /// A lock-delay was over.
     DelayOver,
+    /// A member joined its ring.
+    Joined,
+    /// A member left its ring.
+    Left,
 }
 
 impl fmt::Display for Cause {
@@ -501,6 +552,8 @@ impl fmt::Display for Cause {
             Self::LeaseRevoked => "lease revoked",
             Self::Broken => "broken",
             Self::DelayOver => "delay over",
+            Self::Joined => "joined",
+            Self::Left => "left",
         })
     }
 }

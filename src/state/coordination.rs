@@ -1,8 +1,8 @@
 //! The leases of one namespace, what hangs from them, and the indexes over it all.
 //!
-//! Claims on locks hang from leases today. What else is to hang from one (the members of a ring)
-//! goes the same way: a record of its own kind with a table here, a kind of tie by which the end of
-//! the lease finds it, and an arm in `settle` which says what that end does to it.
+//! Claims on locks and members of rings hang from leases. Each is a record of its own kind with a
+//! table here, a kind of tie by which the end of the lease finds it, and a function in `settle`
+//! which says what that end does to it. What else is to hang from one goes the same way.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -11,13 +11,14 @@ use super::claim::Claim;
 use super::command::Revision;
 use super::lease::{Lease, LeaseId, LeaseTombstone};
 use super::lock::Lock;
+use super::ring::{Member, Ring, RingPlace};
 use super::time::Timestamp;
 
-/// Leases and locks of a namespace.
+/// Leases, locks and rings of a namespace.
 ///
 /// - An id has a lease or a tombstone or neither, never both.
-/// - `ties` holds exactly the claims that go when their lease does, and each lease knows how many
-///   those are.
+/// - `ties` holds exactly the claims that go when their lease does, `member_ties` exactly the
+///   members, and each lease knows how many those are.
 /// - `orphaned` holds exactly the ids of ties whose lease is not there.
 /// - `grantable` holds exactly the locks whose first waiter there is room for.
 /// - Each lease, each tombstone, and each claim that has one, is in the index of its deadline.
@@ -27,7 +28,9 @@ pub(super) struct Coordination {
     leases: BTreeMap<LeaseId, LeasePlace>,
     tombstones: BTreeMap<LeaseId, Arc<LeaseTombstone>>,
     locks: BTreeMap<Arc<str>, Lock>,
+    rings: BTreeMap<Arc<str>, RingPlace>,
     ties: BTreeSet<Tie>,
+    member_ties: BTreeSet<MemberTie>,
     orphaned: BTreeSet<LeaseId>,
     grantable: BTreeSet<Arc<str>>,
     /// On the steady clock.
@@ -43,11 +46,18 @@ pub(super) struct Coordination {
 struct LeasePlace {
     lease: Arc<Lease>,
     claims: usize,
+    members: usize,
 }
 
 /// By which a lease finds its claims, and an Acquire the claim that it made: lease, request id,
 /// lock, order.
 type Tie = (LeaseId, u64, Arc<str>, Revision);
+
+/// What names a member within a namespace: its ring's name, and its own.
+pub(super) type MemberName = (Arc<str>, Arc<str>);
+
+/// By which a lease finds its members: lease, ring, member.
+type MemberTie = (LeaseId, Arc<str>, Arc<str>);
 
 /// What names a claim within a namespace: its lock's name, and its order.
 pub(super) type ClaimName = (Arc<str>, Revision);
@@ -64,19 +74,28 @@ pub(super) enum SteadyDue {
 pub(super) enum Backlog {
     /// A lease has ended, and this claim of it has not.
     Orphan(Arc<str>, Revision),
+    /// A lease has ended, and this member of a ring has not: ring and member.
+    OrphanMember(Arc<str>, Arc<str>),
     /// Somebody waits for this lock and could have it.
     Grantable(Arc<str>),
+}
+
+/// The records of it all, in any order within each kind.
+#[derive(Debug, Default)]
+pub(super) struct CoordinationRecords {
+    pub(super) leases: Vec<(LeaseId, Arc<Lease>)>,
+    pub(super) tombstones: Vec<(LeaseId, Arc<LeaseTombstone>)>,
+    pub(super) claims: Vec<(ClaimName, Arc<Claim>)>,
+    pub(super) rings: Vec<(Arc<str>, Arc<Ring>)>,
+    pub(super) members: Vec<(MemberName, Arc<Member>)>,
 }
 
 impl Coordination {
     /// Makes it from records.
     ///
-    /// `None` if a key occurs twice, or claims do not go together.
-    pub(super) fn build(
-        leases: Vec<(LeaseId, Arc<Lease>)>,
-        tombstones: Vec<(LeaseId, Arc<LeaseTombstone>)>,
-        claims: Vec<(ClaimName, Arc<Claim>)>,
-    ) -> Option<Self> {
+    /// `None` if a key occurs twice, or claims or members do not go together.
+    pub(super) fn build(records: CoordinationRecords) -> Option<Self> {
+        let CoordinationRecords { leases, tombstones, claims, rings, members } = records;
         let mut built = Self::default();
         for (id, lease) in leases {
             if built.replace_lease(id, Some(lease)).is_some() {
@@ -97,11 +116,26 @@ impl Coordination {
             let name = built.shared_name(&name);
             built.replace_claim(&name, order, Some(claim));
         }
-        Some(built)
+        for (name, ring) in rings {
+            if built.replace_ring(&name, Some(ring)).is_some() {
+                return None;
+            }
+        }
+        for ((ring, name), member) in members {
+            let ring = built.shared_ring_name(&ring);
+            if built.rings.get(&ring)?.members.contains_key(&name) {
+                return None;
+            }
+            built.replace_member(&ring, &name, Some(member));
+        }
+        built.rings.values().all(RingPlace::is_sound).then_some(built)
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.leases.is_empty() && self.tombstones.is_empty() && self.locks.is_empty()
+        self.leases.is_empty()
+            && self.tombstones.is_empty()
+            && self.locks.is_empty()
+            && self.rings.is_empty()
     }
 
     pub(super) fn lease(&self, id: LeaseId) -> Option<&Arc<Lease>> {
@@ -175,6 +209,38 @@ impl Coordination {
         ties.map(|(_, _, lock, order)| (lock, *order))
     }
 
+    pub(super) fn ring(&self, name: &str) -> Option<&RingPlace> {
+        self.rings.get(name)
+    }
+
+    /// Rings, by name.
+    pub(super) fn rings(&self) -> impl Iterator<Item = (&Arc<str>, &RingPlace)> {
+        self.rings.iter()
+    }
+
+    /// `name`, shared with the ring if it exists.
+    pub(super) fn shared_ring_name(&self, name: &Arc<str>) -> Arc<str> {
+        self.rings.get_key_value(name).map_or(name, |(name, _)| name).clone()
+    }
+
+    /// How many members of rings hang from a lease that is there.
+    pub(super) fn members_count(&self, id: LeaseId) -> usize {
+        self.leases.get(&id).map_or(0, |place| place.members)
+    }
+
+    /// The members that hang from a lease, whether it is still there or not: ring and member.
+    pub(super) fn member_ties(&self, id: LeaseId) -> impl Iterator<Item = (&Arc<str>, &Arc<str>)> {
+        let start = (id, Arc::from(""), Arc::from(""));
+        let ties = self.member_ties.range(start..).take_while(move |(lease, ..)| *lease == id);
+        ties.map(|(_, ring, name)| (ring, name))
+    }
+
+    /// Whether nothing here can hang from a lease that has ended.
+    pub(super) fn is_settled(&self, steady: Timestamp) -> bool {
+        let first = self.lease_deadlines.first();
+        self.orphaned.is_empty() && first.is_none_or(|(deadline, _)| *deadline > steady)
+    }
+
     /// Whether anything hangs from a lease that is not there any more.
     pub(super) fn is_orphaned(&self, id: LeaseId) -> bool {
         self.orphaned.contains(&id)
@@ -183,8 +249,12 @@ impl Coordination {
     /// Work that was left over, if there is any.
     pub(super) fn first_backlog(&self) -> Option<Backlog> {
         if let Some(id) = self.orphaned.first() {
-            let (lock, order) = self.ties(*id).next().expect("an orphaned lease has ties");
-            return Some(Backlog::Orphan(lock.clone(), order));
+            let claim = self.ties(*id).next();
+            let claim = claim.map(|(lock, order)| Backlog::Orphan(lock.clone(), order));
+            return claim.or_else(|| {
+                let (ring, name) = self.member_ties(*id).next().expect("it has ties");
+                Some(Backlog::OrphanMember(ring.clone(), name.clone()))
+            });
         }
         self.grantable.first().map(|name| Backlog::Grantable(name.clone()))
     }
@@ -227,14 +297,14 @@ impl Coordination {
             (Some(place), Some(lease)) => Some(std::mem::replace(&mut place.lease, lease)),
             (Some(_), None) => {
                 let place = self.leases.remove(&id).expect("it was found");
-                if place.claims > 0 {
+                if place.claims + place.members > 0 {
                     assert!(self.orphaned.insert(id), "a lease that was there was not orphaned");
                 }
                 Some(place.lease)
             }
             (None, Some(lease)) => {
                 assert!(!self.is_orphaned(id), "nothing hangs from a lease before it is granted");
-                self.leases.insert(id, LeasePlace { lease, claims: 0 });
+                self.leases.insert(id, LeasePlace { lease, claims: 0, members: 0 });
                 None
             }
             (None, None) => None,
@@ -296,6 +366,59 @@ impl Coordination {
         before
     }
 
+    /// Puts what is stored of a ring in the place of what was there, or removes it. Returns what
+    /// was there.
+    pub(super) fn replace_ring(
+        &mut self,
+        name: &Arc<str>,
+        after: Option<Arc<Ring>>,
+    ) -> Option<Arc<Ring>> {
+        let place = self.rings.entry(name.clone()).or_default();
+        let before = std::mem::replace(&mut place.record, after);
+        if place.is_empty() {
+            self.rings.remove(name);
+        }
+        before
+    }
+
+    /// The same for a member.
+    pub(super) fn replace_member(
+        &mut self,
+        ring: &Arc<str>,
+        name: &Arc<str>,
+        after: Option<Arc<Member>>,
+    ) -> Option<Arc<Member>> {
+        let place = self.rings.entry(ring.clone()).or_default();
+        let before = match &after {
+            Some(member) => place.members.insert(name.clone(), member.clone()),
+            None => place.members.remove(name),
+        };
+        if place.is_empty() {
+            self.rings.remove(ring);
+        }
+        let (old, new) =
+            (before.as_deref().map(Member::lease), after.as_deref().map(Member::lease));
+        if old == new {
+            return before;
+        }
+        if let Some(lease) = old {
+            assert!(self.member_ties.remove(&(lease, ring.clone(), name.clone())));
+            match self.leases.get_mut(&lease) {
+                Some(place) => place.members -= 1,
+                None => self.forget_if_free(lease),
+            }
+        }
+        if let Some(lease) = new {
+            assert!(self.member_ties.insert((lease, ring.clone(), name.clone())));
+            match self.leases.get_mut(&lease) {
+                Some(place) => place.members += 1,
+                // Only a state that is being restored has such.
+                None => _ = self.orphaned.insert(lease),
+            }
+        }
+        before
+    }
+
     fn tie(&mut self, name: &Arc<str>, order: Revision, claim: &Claim) {
         assert!(self.ties.insert((claim.lease, claim.request.id, name.clone(), order)));
         match self.leases.get_mut(&claim.lease) {
@@ -309,11 +432,15 @@ impl Coordination {
         assert!(self.ties.remove(&(claim.lease, claim.request.id, name.clone(), order)));
         match self.leases.get_mut(&claim.lease) {
             Some(place) => place.claims -= 1,
-            None => {
-                if self.ties(claim.lease).next().is_none() {
-                    assert!(self.orphaned.remove(&claim.lease), "it had a tie until now");
-                }
-            }
+            None => self.forget_if_free(claim.lease),
+        }
+    }
+
+    /// Takes a lease that has ended, and from which something hung until now, out of the index if
+    /// nothing does any more.
+    fn forget_if_free(&mut self, id: LeaseId) {
+        if self.ties(id).next().is_none() && self.member_ties(id).next().is_none() {
+            assert!(self.orphaned.remove(&id), "it had a tie until now");
         }
     }
 }
@@ -346,7 +473,22 @@ impl Coordination {
             assert!(!lock.is_empty(), "{name} is empty");
             lock.claims().map(|(order, claim)| ((name.clone(), order), claim.clone()))
         });
-        let built = Self::build(leases.collect(), tombstones.collect(), claims.collect());
+        let rings = self.rings().map(|(name, place)| {
+            (name.clone(), place.record.clone().expect("a ring has a record between commands"))
+        });
+        let members = self.rings().flat_map(|(ring, place)| {
+            let key = |(name, member): (&Arc<str>, &Arc<Member>)| {
+                ((ring.clone(), name.clone()), member.clone())
+            };
+            place.members.iter().map(key).collect::<Vec<_>>()
+        });
+        let built = Self::build(CoordinationRecords {
+            leases: leases.collect(),
+            tombstones: tombstones.collect(),
+            claims: claims.collect(),
+            rings: rings.collect(),
+            members: members.collect(),
+        });
         assert_eq!(built.as_ref(), Some(self));
     }
 }

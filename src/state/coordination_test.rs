@@ -1,4 +1,4 @@
-//! Leases and locks under random commands and clocks, against what was promised.
+//! Leases, locks and rings under random commands and clocks, against what was promised.
 //!
 //! The small model is a mirror of the records, built from the changes alone, and a few books that
 //! know nothing of queues or indexes: when each lease was last renewed, until when each claim may
@@ -21,6 +21,8 @@ use super::*;
 
 const LEASES: usize = 4;
 const LOCKS: [&str; 3] = ["book", "door", "pool"];
+const RINGS: [&str; 2] = ["shards", "queues"];
+const MEMBERS: [&str; 3] = ["m1", "m2", "m3"];
 /// Holders that a command looks at: with more, it may find a dead one only later.
 const HOLDERS_MET_MAX: usize = 8;
 
@@ -45,6 +47,8 @@ enum Deed {
     Release { lock: usize, token: Index, named: bool },
     Cancel { which: Index },
     Break { lock: usize, token: Index, delay: bool },
+    Join { ring: usize, member: usize, lease: usize, weight: u32 },
+    Leave { ring: usize, member: usize, lease: Option<usize> },
 }
 
 fn some_deed() -> impl Strategy<Value = Deed> {
@@ -68,6 +72,10 @@ fn some_deed() -> impl Strategy<Value = Deed> {
         3 => any::<Index>().prop_map(|which| Deed::Cancel { which }),
         1 => (lock(), any::<Index>(), any::<bool>())
             .prop_map(|(lock, token, delay)| Deed::Break { lock, token, delay }),
+        6 => (0..RINGS.len(), 0..MEMBERS.len(), lease(), 1..4u32)
+            .prop_map(|(ring, member, lease, weight)| Deed::Join { ring, member, lease, weight }),
+        3 => (0..RINGS.len(), 0..MEMBERS.len(), prop::option::weighted(0.7, lease()))
+            .prop_map(|(ring, member, lease)| Deed::Leave { ring, member, lease }),
     ]
 }
 
@@ -115,6 +123,10 @@ struct World {
     released: BTreeSet<u64>,
     /// All tokens of each lock, with the lease that held it.
     tokens: BTreeMap<LockKey, Vec<(Revision, LeaseId)>>,
+    /// When each ring last changed, whether it is there or not.
+    turns: BTreeMap<RingKey, Revision>,
+    /// Joins and leaves that were applied.
+    settled: BTreeMap<u64, Revision>,
     requests: u64,
 }
 
@@ -124,6 +136,14 @@ fn namespace() -> Namespace {
 
 fn lock_key(lock: usize) -> LockKey {
     LockKey { namespace: namespace(), name: LOCKS[lock].into() }
+}
+
+fn ring_key(ring: usize) -> RingKey {
+    RingKey { namespace: namespace(), name: RINGS[ring].into() }
+}
+
+fn member_key(ring: usize, member: usize) -> MemberKey {
+    MemberKey { ring: ring_key(ring), name: MEMBERS[member].into() }
 }
 
 fn lease_key(id: LeaseId) -> LeaseKey {
@@ -164,6 +184,8 @@ impl World {
             cancelled: BTreeSet::new(),
             released: BTreeSet::new(),
             tokens: BTreeMap::new(),
+            turns: BTreeMap::new(),
+            settled: BTreeMap::new(),
             requests: 0,
         };
         world.advance();
@@ -298,6 +320,17 @@ impl World {
                 let (token, _) = self.some_token(&lock, &token);
                 Command::BreakLock { request, lock, token, delay }
             }
+            Deed::Join { ring, member, lease, weight } => Command::JoinRing {
+                request,
+                member: member_key(ring, member),
+                lease: self.lease_id(lease),
+                data: MemberData { address: "".into(), weight, tags: BTreeMap::new() },
+            },
+            Deed::Leave { ring, member, lease } => Command::LeaveRing {
+                request,
+                member: member_key(ring, member),
+                lease: lease.map(|lease| self.lease_id(lease)),
+            },
         })
     }
 
@@ -380,7 +413,16 @@ impl World {
             _ => None,
         });
         let was_alive: BTreeSet<LeaseId> = ids.filter(|id| self.is_alive(*id)).collect();
+        let before = match &command {
+            Command::JoinRing { member, .. } | Command::LeaveRing { member, .. } => {
+                self.live_member(member)
+            }
+            _ => None,
+        };
         let reply = self.apply(&command, resend);
+        if let Command::JoinRing { .. } | Command::LeaveRing { .. } = &command {
+            return self.check_ring_command(&command, before, &reply);
+        }
         let is_late = |request: &Request| request.expires < self.clock.time;
         match (&command, &reply.outcome) {
             (Command::GrantLease { key, ttl, .. }, Outcome::LeaseGranted { deadline }) => {
@@ -493,6 +535,73 @@ impl World {
         }
     }
 
+    /// A member whose lease is alive, by the mirror.
+    fn live_member(&self, key: &MemberKey) -> Option<Arc<Member>> {
+        match self.mirror.get(&RecordKey::Member(key.clone())) {
+            Some(Record::Member(member)) if self.is_alive(member.lease()) => Some(member.clone()),
+            _ => None,
+        }
+    }
+
+    /// `before` is the member before the command.
+    fn check_ring_command(
+        &mut self,
+        command: &Command,
+        before: Option<Arc<Member>>,
+        reply: &Reply,
+    ) {
+        let (Command::JoinRing { request, member: key, .. }
+        | Command::LeaveRing { request, member: key, .. }) = command
+        else {
+            panic!("{command:?}")
+        };
+        let after = self.live_member(key);
+        let done = self.settled.get(&request.id).copied();
+        match (command, &reply.outcome) {
+            (_, Outcome::Rejected(Rejection::RequestExpired)) => {
+                assert!(request.expires < self.clock.time);
+            }
+            (_, Outcome::Rejected(Rejection::OutcomeUnknown)) => assert_eq!(before, after),
+            (_, Outcome::RingJoined { .. } | Outcome::Done) if done.is_some() => {
+                assert_eq!(done, Some(reply.revision), "a resend is answered as it was");
+                assert_eq!(before, after, "{command:?} was applied twice");
+            }
+            (Command::JoinRing { lease, data, .. }, outcome) => match outcome {
+                Outcome::RingJoined { lease_deadline } => {
+                    assert!(*lease_deadline > self.clock.steady && self.is_alive(*lease));
+                    assert!(before.as_ref().is_none_or(|before| before.lease() == *lease));
+                    let after = after.expect("it has joined");
+                    assert_eq!((after.lease(), after.data()), (*lease, data));
+                    assert_eq!(self.turns[&key.ring], reply.revision, "the ring's revision");
+                }
+                Outcome::Rejected(Rejection::LeaseNotFound) => assert!(!self.is_alive(*lease)),
+                Outcome::Rejected(Rejection::MemberExists) => {
+                    assert!(before.is_some_and(|before| before.lease() != *lease));
+                    assert!(done.is_none() || !self.is_alive(*lease));
+                }
+                outcome => panic!("{outcome:?}"),
+            },
+            (Command::LeaveRing { lease, .. }, outcome) => match outcome {
+                Outcome::Done => {
+                    let before = before.expect("somebody has left");
+                    assert!(lease.is_none_or(|lease| lease == before.lease()));
+                    assert_eq!(after, None);
+                    assert_eq!(self.turns[&key.ring], reply.revision, "the ring's revision");
+                }
+                Outcome::Rejected(Rejection::MemberNotFound) => {
+                    let is_it = |it: &Arc<Member>| lease.is_none_or(|lease| lease == it.lease());
+                    assert!(!before.as_ref().is_some_and(is_it));
+                    assert_eq!(before, after);
+                }
+                outcome => panic!("{outcome:?}"),
+            },
+            _ => panic!("{command:?}"),
+        }
+        if !matches!(reply.outcome, Outcome::Rejected(_)) {
+            self.settled.insert(request.id, reply.revision);
+        }
+    }
+
     fn fenced_update(&mut self, lock: usize, token: &Index) {
         let lock = lock_key(lock);
         let (token, _) = self.some_token(&lock, token);
@@ -583,6 +692,28 @@ impl World {
                 }
                 let is_kept = matches!(cause, Cause::LeaseExpired | Cause::Broken);
                 assert!(after.is_none() || is_kept && before.token().is_some());
+            }
+            (RecordKey::Member(key), after, cause) => {
+                self.turns.insert(key.ring.clone(), change.revision);
+                let of = |record: &Option<Record>| match record {
+                    Some(Record::Member(member)) => Some(member.lease()),
+                    _ => None,
+                };
+                let is_alive = of(&change.before).is_some_and(|lease| self.is_alive(lease));
+                match cause {
+                    Cause::Joined => assert!(change.before.is_none()),
+                    Cause::Updated => {
+                        assert!(is_alive && of(&change.before) == of(&change.after));
+                        assert_ne!(&change.before, after);
+                    }
+                    Cause::Left => assert!(is_alive && after.is_none()),
+                    Cause::LeaseExpired | Cause::LeaseRevoked => {
+                        assert!(!is_alive && after.is_none());
+                    }
+                    _ => panic!("{cause:?}"),
+                }
+                let is_over = |lease| !self.is_alive(lease);
+                assert!(of(&change.after).is_none_or(|lease| !is_over(lease)), "{key}");
             }
             _ => {}
         }
@@ -676,6 +807,29 @@ impl World {
         for lock in (0..LOCKS.len()).map(lock_key) {
             self.check_read(state, &lock);
             self.check_read(copy, &lock);
+        }
+        for ring in 0..RINGS.len() {
+            self.check_ring(state, ring);
+            self.check_ring(copy, ring);
+        }
+    }
+
+    /// A ring is its live members, and is as new as its last change.
+    fn check_ring(&self, state: &State, ring: usize) {
+        let keys = || (0..MEMBERS.len()).map(|member| member_key(ring, member));
+        let live: Vec<_> =
+            keys().filter_map(|key| Some((key.name.clone(), self.live_member(&key)?))).collect();
+        let stored = keys().filter(|key| self.mirror.contains_key(&RecordKey::Member(key.clone())));
+        let view = state.ring(&ring_key(ring));
+        let found = view.iter().flat_map(|view| &view.members);
+        let found: Vec<_> = found.map(|it| (it.name.clone(), it.member.clone())).collect();
+        assert_eq!(found, live);
+        if let Some(view) = &view {
+            assert_eq!(view.revision, self.turns[&ring_key(ring)]);
+            assert_eq!(view.is_settled, stored.count() == live.len());
+        }
+        if let Some(revision) = state.settled_ring_revision(&ring_key(ring)) {
+            assert!(view.is_some_and(|view| view.is_settled && view.revision == revision));
         }
     }
 

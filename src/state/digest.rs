@@ -31,6 +31,8 @@ pub(super) const TOMBSTONE: u8 = 2;
 pub(super) const LEASE: u8 = 10;
 pub(super) const LEASE_TOMBSTONE: u8 = 11;
 pub(super) const CLAIM: u8 = 12;
+pub(super) const RING: u8 = 13;
+pub(super) const MEMBER: u8 = 14;
 
 /// The hash of one record: of its kind, key, fields of fixed size, and the rest.
 pub(super) fn of_record<const N: usize>(

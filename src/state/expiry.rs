@@ -75,6 +75,7 @@ impl State {
             // These count themselves, as they lead to more.
             RecordKey::Lease(key) => self.expire_lease(&key, step),
             RecordKey::Claim(key) => assert!(self.end_met(&key, step), "what is due is over"),
+            RecordKey::Ring(_) | RecordKey::Member(_) => unreachable!("they have no deadlines"),
             RecordKey::Session(key) => {
                 step.take();
                 self.raise(step);

@@ -28,16 +28,17 @@
 //! command    what goes in and comes out          apply       what commands do to sessions,
 //! time       clocks and timeouts                 apply_lease   to leases,
 //! session    the record, the sliding deadline    apply_lock    to locks
-//! tombstone  what remains of a session           settle      who is lost, and who is next
-//! lease      the record, and what remains        expiry      deadlines and the sweep
-//! claim      a holder or waiter of a lock        query       reads of sessions,
-//! lock       its claims and their queue          query_lock    of leases and locks
-//! retry      remembered requests                 codec       bytes ⇄ all of these
-//! records    all records and their indexes       codec_coordination  those of leases and locks
-//! namespace  those of one namespace              restore     a state from its records
-//! coordination  its leases and locks             digest      a digest of it all
-//! void       Acquires cancelled before they came
-//! attributes, packing: how records are made small
+//! tombstone  what remains of a session           apply_ring    to rings
+//! lease      the record, and what remains        settle      who is lost, and who is next
+//! claim      a holder or waiter of a lock        expiry      deadlines and the sweep
+//! lock       its claims and their queue          query       reads of sessions,
+//! ring       its members                         query_lock    of leases and locks,
+//! retry      remembered requests                 query_ring    of rings
+//! records    all records and their indexes       codec       bytes ⇄ all of these
+//! namespace  those of one namespace              codec_coordination  those of leases and locks
+//! coordination  its leases, locks and rings      codec_ring  those of rings
+//! void       Acquires cancelled before they came restore     a state from its records
+//! attributes, packing: how records are made small  digest    a digest of it all
 //! ```
 //!
 //! # Caveats
@@ -50,10 +51,12 @@
 mod apply;
 mod apply_lease;
 mod apply_lock;
+mod apply_ring;
 mod attributes;
 mod claim;
 mod codec;
 mod codec_coordination;
+mod codec_ring;
 mod command;
 mod coordination;
 mod digest;
@@ -64,9 +67,11 @@ mod namespace;
 mod packing;
 mod query;
 mod query_lock;
+mod query_ring;
 mod records;
 mod restore;
 mod retry;
+mod ring;
 mod session;
 mod settle;
 mod table;
@@ -105,7 +110,9 @@ pub use digest::StateDigest;
 pub use lease::{Lease, LeaseEnd, LeaseId, LeaseKey, LeaseTombstone};
 pub use namespace::NamespacePolicy;
 pub use query_lock::{ClaimView, LeaseView, LockView, Page};
+pub use query_ring::{MemberView, RingView};
 pub use restore::{Restore, StateHeader};
+pub use ring::{Member, MemberData, MemberKey, Ring, RingKey};
 pub use session::{Session, TOUCH_GRANULARITY_MAX, TouchNeed, touch_granularity};
 pub use time::*;
 pub use tombstone::Tombstone;
@@ -164,7 +171,9 @@ impl State {
             | Command::AcquireLock { .. }
             | Command::ReleaseLock { .. }
             | Command::CancelAcquire { .. }
-            | Command::BreakLock { .. } => self.coordinate(command, resend, changes),
+            | Command::BreakLock { .. }
+            | Command::JoinRing { .. }
+            | Command::LeaveRing { .. } => self.coordinate(command, resend, changes),
             Command::Tick => Ok(self.sweep(changes)),
         };
         answer.unwrap_or_else(|rejection| self.reject(rejection))
@@ -215,6 +224,12 @@ impl State {
     /// How many claims on locks are stored, including those that are over and have not been swept.
     pub fn claims(&self) -> u64 {
         self.records.claims()
+    }
+
+    /// How many members of rings are stored, including those whose leases are due and have not been
+    /// swept.
+    pub fn members(&self) -> u64 {
+        self.records.members()
     }
 
     /// Digest of revision and records. Costs nothing: it is kept up to date.

@@ -40,6 +40,8 @@ pub struct LeaseView {
     /// How many of them hold their lock. Of those behind the first thousand (on a list: the first
     /// few) all count as waiting.
     pub held: u64,
+    /// How many members of rings hang from it.
+    pub members: u64,
 }
 
 /// A claim as it is read.
@@ -207,7 +209,9 @@ fn lease_view(
     let claims = coordination.ties(id).take(counted_max);
     let claims = claims.filter_map(|(name, order)| coordination.lock(name)?.claim(order));
     let held = claims.filter(|claim| claim.token().is_some()).count() as u64;
-    LeaseView { id, lease: lease.clone(), claims: coordination.claims_count(id) as u64, held }
+    let claims = coordination.claims_count(id) as u64;
+    let members = coordination.members_count(id) as u64;
+    LeaseView { id, lease: lease.clone(), claims, held, members }
 }
 
 /// The first `limit`, and whether there is another.

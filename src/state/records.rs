@@ -11,6 +11,7 @@ use super::coordination::{Backlog, Coordination, SteadyDue};
 use super::lease::{Lease, LeaseId, LeaseKey, LeaseTombstone};
 use super::lock::Lock;
 use super::namespace::{Kind, NamespaceRecords};
+use super::ring::{Member, MemberKey, Ring, RingKey, RingPlace};
 use super::session::Session;
 use super::time::Timestamp;
 use super::tombstone::Tombstone;
@@ -35,6 +36,8 @@ pub(super) struct Records {
     leases: u64,
     lease_tombstones: u64,
     claims: u64,
+    rings: u64,
+    members: u64,
 }
 
 /// A namespace in its place.
@@ -82,7 +85,27 @@ impl Records {
         self.lock(&key.lock)?.claim(key.order)
     }
 
+    pub(super) fn ring(&self, key: &RingKey) -> Option<&RingPlace> {
+        self.coordination(&key.namespace)?.ring(&key.name)
+    }
+
+    pub(super) fn member(&self, key: &MemberKey) -> Option<&Arc<Member>> {
+        self.ring(&key.ring)?.members.get(&key.name)
+    }
+
     /// `key`, with its names shared with this state rather than with the command that it came in.
+    pub(super) fn shared_member_key(&self, key: &MemberKey) -> MemberKey {
+        let Some((namespace, place)) = self.namespaces.get_key_value(&key.ring.namespace) else {
+            return key.clone();
+        };
+        let name = place.records.coordination.shared_ring_name(&key.ring.name);
+        let members = self.ring(&key.ring).map(|ring| &ring.members);
+        let member = members.and_then(|members| members.get_key_value(&key.name));
+        let ring = RingKey { namespace: namespace.clone(), name };
+        MemberKey { ring, name: member.map_or(&key.name, |(name, _)| name).clone() }
+    }
+
+    /// The same for a lock's key.
     pub(super) fn shared_lock_key(&self, key: &LockKey) -> LockKey {
         match self.namespaces.get_key_value(&key.namespace) {
             Some((namespace, place)) => LockKey {
@@ -238,6 +261,37 @@ impl Records {
         before
     }
 
+    /// The same for what is stored of a ring.
+    pub(super) fn replace_ring(
+        &mut self,
+        key: &RingKey,
+        after: Option<Arc<Ring>>,
+    ) -> Option<Arc<Ring>> {
+        let new = after.as_deref().map(Ring::hash);
+        let replace =
+            |records: &mut NamespaceRecords| records.coordination.replace_ring(&key.name, after);
+        let before = self.change(&key.namespace, replace);
+        let old = before.as_deref().map(Ring::hash);
+        account(&mut self.sum, &mut self.rings, old, new);
+        before
+    }
+
+    /// The same for a member of a ring.
+    pub(super) fn replace_member(
+        &mut self,
+        key: &MemberKey,
+        after: Option<Arc<Member>>,
+    ) -> Option<Arc<Member>> {
+        let new = after.as_deref().map(Member::hash);
+        let replace = |records: &mut NamespaceRecords| {
+            records.coordination.replace_member(&key.ring.name, &key.name, after)
+        };
+        let before = self.change(&key.ring.namespace, replace);
+        let old = before.as_deref().map(Member::hash);
+        account(&mut self.sum, &mut self.members, old, new);
+        before
+    }
+
     /// Adds a whole namespace to those that are there. `false` if it is there already.
     pub(super) fn add_namespace(&mut self, name: Namespace, records: NamespaceRecords) -> bool {
         if records.is_empty() {
@@ -263,6 +317,13 @@ impl Records {
                 account(&mut self.sum, &mut self.claims, None, Some(claim.hash));
             }
         }
+        for (_, ring) in records.coordination.rings() {
+            let hash = ring.record.as_deref().map(Ring::hash);
+            account(&mut self.sum, &mut self.rings, None, hash);
+            for member in ring.members.values() {
+                account(&mut self.sum, &mut self.members, None, Some(member.hash()));
+            }
+        }
         self.change(&name, |place| *place = records);
         true
     }
@@ -283,9 +344,15 @@ impl Records {
         self.claims
     }
 
+    pub(super) fn members(&self) -> u64 {
+        self.members
+    }
+
     /// How many records there are of all kinds.
     pub(super) fn count(&self) -> u64 {
-        self.sessions + self.tombstones + self.leases + self.lease_tombstones + self.claims
+        let of_sessions = self.sessions + self.tombstones;
+        let of_leases = self.leases + self.lease_tombstones + self.claims;
+        of_sessions + of_leases + self.rings + self.members
     }
 
     /// Sum of the hashes of all records, modulo 2^64.
@@ -356,7 +423,7 @@ impl Records {
     }
 }
 
-/// The leases of a namespace, what remains of others, and the claims.
+/// The leases of a namespace, what remains of others, the claims, and the rings with their members.
 fn coordination_records(
     namespace: &Namespace,
     coordination: &Coordination,
@@ -375,7 +442,19 @@ fn coordination_records(
             (RecordKey::Claim(key), Record::Claim(claim.clone()))
         })
     });
-    leases.chain(tombstones).chain(claims)
+    let ring_key = |name: &Arc<str>| RingKey { namespace: namespace.clone(), name: name.clone() };
+    let rings = coordination.rings().flat_map(move |(name, ring)| {
+        let record = ring.record.iter();
+        record.map(move |record| (RecordKey::Ring(ring_key(name)), Record::Ring(record.clone())))
+    });
+    let members = coordination.rings().flat_map(move |(ring_name, ring)| {
+        let ring_key = ring_key(ring_name);
+        ring.members.iter().map(move |(name, member)| {
+            let key = MemberKey { ring: ring_key.clone(), name: name.clone() };
+            (RecordKey::Member(key), Record::Member(member.clone()))
+        })
+    });
+    leases.chain(tombstones).chain(claims).chain(rings).chain(members)
 }
 
 /// Takes one record's hash out of the sum, puts one in, and counts.
@@ -406,7 +485,7 @@ impl Records {
         assert_eq!(self.first_deadlines, firsts);
         assert_eq!(self.first_steady_deadlines, steady_firsts);
         assert_eq!(self.backlogs, backlogs);
-        let (mut sum, mut counts) = (0, [0; 5]);
+        let (mut sum, mut counts) = (0, [0; 7]);
         for (_, record) in self.iter() {
             let (kind, hash) = match record {
                 Record::Session(session) => (0, session.hash()),
@@ -414,11 +493,20 @@ impl Records {
                 Record::Lease(lease) => (2, lease.hash()),
                 Record::LeaseTombstone(tombstone) => (3, tombstone.hash()),
                 Record::Claim(claim) => (4, claim.hash),
+                Record::Ring(ring) => (5, ring.hash()),
+                Record::Member(member) => (6, member.hash()),
             };
             account(&mut sum, &mut counts[kind], None, Some(hash));
         }
-        let found =
-            [self.sessions, self.tombstones, self.leases, self.lease_tombstones, self.claims];
+        let found = [
+            self.sessions,
+            self.tombstones,
+            self.leases,
+            self.lease_tombstones,
+            self.claims,
+            self.rings,
+            self.members,
+        ];
         assert_eq!((self.sum, found), (sum, counts));
     }
 }

@@ -10,12 +10,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::State;
-use super::claim::Claim;
 use super::codec::{CodecError, decode_header, decode_record_with, encode_header, split_key};
 use super::command::{Digest, Namespace, Record, RecordKey, Revision};
-use super::coordination::{ClaimName, Coordination};
+use super::coordination::{Coordination, CoordinationRecords};
 use super::digest::{StateDigest, of_state};
-use super::lease::{Lease, LeaseId, LeaseTombstone};
 use super::namespace::NamespaceRecords;
 use super::session::Session;
 use super::time::Stamp;
@@ -68,9 +66,7 @@ pub struct Restore {
 struct Collected {
     sessions: Vec<(Digest, Arc<Session>)>,
     tombstones: Vec<(Digest, Arc<Tombstone>)>,
-    leases: Vec<(LeaseId, Arc<Lease>)>,
-    lease_tombstones: Vec<(LeaseId, Arc<LeaseTombstone>)>,
-    claims: Vec<(ClaimName, Arc<Claim>)>,
+    coordination: CoordinationRecords,
 }
 
 impl Restore {
@@ -94,6 +90,7 @@ impl Restore {
         let key = name.key(namespace.clone());
         let record = decode_record_with(&key, value, &mut self.scratch)?;
         let collected = self.namespaces.entry(namespace).or_default();
+        let coordination = &mut collected.coordination;
         match (key, record) {
             (RecordKey::Session(key), Record::Session(session)) => {
                 collected.sessions.push((key.digest, session));
@@ -102,13 +99,19 @@ impl Restore {
                 collected.tombstones.push((key.digest, tombstone));
             }
             (RecordKey::Lease(key), Record::Lease(lease)) => {
-                collected.leases.push((key.id, lease));
+                coordination.leases.push((key.id, lease));
             }
             (RecordKey::LeaseTombstone(key), Record::LeaseTombstone(tombstone)) => {
-                collected.lease_tombstones.push((key.id, tombstone));
+                coordination.tombstones.push((key.id, tombstone));
             }
             (RecordKey::Claim(key), Record::Claim(claim)) => {
-                collected.claims.push(((key.lock.name, key.order), claim));
+                coordination.claims.push(((key.lock.name, key.order), claim));
+            }
+            (RecordKey::Ring(key), Record::Ring(ring)) => {
+                coordination.rings.push((key.name, ring));
+            }
+            (RecordKey::Member(key), Record::Member(member)) => {
+                coordination.members.push(((key.ring.name, key.name), member));
             }
             _ => unreachable!("a record is decoded to the kind of its key"),
         }
@@ -122,11 +125,11 @@ impl Restore {
         let mut state =
             State { clock: self.header.clock, revision: self.header.revision, ..State::default() };
         for (name, collected) in self.namespaces {
-            let Collected { sessions, tombstones, leases, lease_tombstones, claims } = collected;
+            let Collected { sessions, tombstones, coordination } = collected;
             let mut records = NamespaceRecords::build(sessions, tombstones)
                 .ok_or(CodecError::Malformed("a key that occurs twice"))?;
-            records.coordination = Coordination::build(leases, lease_tombstones, claims)
-                .ok_or(CodecError::Malformed("leases or claims that do not go together"))?;
+            records.coordination = Coordination::build(coordination)
+                .ok_or(CodecError::Malformed("leases, claims or rings that do not go together"))?;
             state.records.add_namespace(name, records);
         }
         let restored = state.state_header();

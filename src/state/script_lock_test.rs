@@ -1,4 +1,4 @@
-//! What scripts say about leases and locks. Leases are called by names of up to 16 characters,
+//! What scripts say about leases, locks and rings. Leases are called by names of up to 16 characters,
 //! which stand for their ids; locks by their names. `token=a` is the last token of lease a on that
 //! lock, `token=17` is 17.
 
@@ -20,6 +20,10 @@ impl Script {
             "lease" => {
                 let key = lease_key(words.0[0]);
                 let text = match self.state.lease(&key) {
+                    Some(view) if view.members > 0 => {
+                        let (claims, members) = (view.claims, view.members);
+                        format!("{}, claims {claims}, members {members}", lease_text(&view.lease))
+                    }
                     Some(view) => format!("{}, claims {}", lease_text(&view.lease), view.claims),
                     None => "not found".into(),
                 };
@@ -59,6 +63,11 @@ impl Script {
                 writeln!(out, "[{}]{more}", names.join(" ")).unwrap();
             }
             "crowd" => self.crowd(words, out),
+            "ring" => match self.state.ring(&ring_key(words.0[0])) {
+                Some(view) => ring_text(words.0[0], &view, out),
+                None => writeln!(out, "{}: empty", words.0[0]).unwrap(),
+            },
+            "throng" => self.throng(words, out),
             _ => {
                 let resend = words.take_word("resend");
                 let command = self.coordination_command(command, &mut words);
@@ -115,6 +124,21 @@ impl Script {
                 token: token.unwrap(),
                 delay: words.take_word("delay"),
             },
+            "join" => Command::JoinRing {
+                request,
+                member: member_key(name),
+                lease: lease_key(words.0.remove(0)).id,
+                data: MemberData {
+                    address: text(words.take("address").unwrap_or_default()),
+                    weight: words.take("weight").map_or(1, |weight| weight.parse().unwrap()),
+                    tags: tags(words),
+                },
+            },
+            "leave" => Command::LeaveRing {
+                request,
+                member: member_key(name),
+                lease: words.take("lease").map(|name| lease_key(name).id),
+            },
             _ => panic!("unknown command {command}"),
         }
     }
@@ -160,6 +184,78 @@ impl Script {
             self.state.apply(&acquire, false, &mut Vec::new());
         }
         writeln!(out, "{} leases, {} claims", self.state.leases(), self.state.claims()).unwrap();
+    }
+}
+
+impl Script {
+    /// Has many members, called m0000, m0001, ..., join a ring on one lease.
+    fn throng(&mut self, mut words: Words<'_>, out: &mut String) {
+        let count: usize = words.0.remove(0).parse().unwrap();
+        let ring = words.0.remove(0);
+        for number in 0..count {
+            let member = format!("{ring}#m{number:04}");
+            let mut words = Words([&[member.as_str()], &words.0[..]].concat());
+            let join = self.coordination_command("join", &mut words);
+            self.state.apply(&join, false, &mut Vec::new());
+        }
+        writeln!(out, "{} leases, {} members", self.state.leases(), self.state.members()).unwrap();
+    }
+}
+
+/// `*257` is a text of that length.
+fn text(text: &str) -> Arc<str> {
+    match text.strip_prefix('*') {
+        Some(length) => "x".repeat(length.parse().unwrap()).into(),
+        None => text.into(),
+    }
+}
+
+/// All words that are left, which are `name=value`; `many=65` stands for so many tags.
+fn tags(words: &mut Words<'_>) -> std::collections::BTreeMap<String, String> {
+    let many: usize = words.take("many").map_or(0, |count| count.parse().unwrap());
+    let numbered = (0..many).map(|number| (format!("{number:04}"), String::new()));
+    let tag = |word: &str| {
+        let (name, value) = word.split_once('=').expect("name=value");
+        (name.to_string(), text(value).to_string())
+    };
+    let tags: Vec<_> = words.0.drain(..).map(tag).collect();
+    tags.into_iter().chain(numbered).collect()
+}
+
+/// The longest names as scripts write them.
+fn short(text: &str) -> String {
+    text.replace(&"x".repeat(256), "*256")
+}
+
+fn ring_key(name: &str) -> RingKey {
+    let (namespace, name) = split_name(name);
+    RingKey { namespace, name: text(name) }
+}
+
+/// `ring#member`.
+fn member_key(name: &str) -> MemberKey {
+    let (ring, name) = name.split_once('#').expect("ring#member");
+    MemberKey { ring: ring_key(ring), name: text(name) }
+}
+
+fn member_text(member: &Member) -> String {
+    let MemberData { address, weight, tags } = member.data();
+    let mut text = format!("weight {weight}, lease {}", id_text(member.lease()));
+    if !address.is_empty() {
+        text += &format!(", at {address}");
+    }
+    for (name, value) in tags {
+        text += &format!(", {name}={value}");
+    }
+    text + &format!(", since {}, @{}", time_text(member.join_time()), member.revision())
+}
+
+fn ring_text(name: &str, view: &RingView, out: &mut String) {
+    let unswept = if view.is_settled { "" } else { ", others not swept yet" };
+    let count = view.members.len();
+    writeln!(out, "{name}: @{}, {count} members{unswept}", view.revision).unwrap();
+    for MemberView { name, member } in view.members.iter().take(4) {
+        writeln!(out, "  {name}: {}", member_text(member)).unwrap();
     }
 }
 
@@ -258,6 +354,8 @@ pub(super) fn change_text(change: &Change) -> String {
             };
             format!("claim {key} of {lease} {state}")
         }
+        RecordKey::Ring(key) => short(&format!("ring {key} {what}")),
+        RecordKey::Member(key) => short(&format!("member {key} {what}")),
         RecordKey::Session(_) | RecordKey::Tombstone(_) => unreachable!(),
     }
 }
@@ -285,6 +383,10 @@ pub(super) fn record_text(key: &RecordKey, record: &Record) -> String {
             time_text(claim.enqueued_time),
             claim.request.id,
         ),
+        (RecordKey::Ring(key), Record::Ring(ring)) => format!("{key}: ring @{}", ring.revision()),
+        (RecordKey::Member(key), Record::Member(member)) => {
+            format!("{key}: {}", member_text(member))
+        }
         _ => unreachable!(),
     }
 }
@@ -303,6 +405,9 @@ pub(super) fn outcome_text(outcome: &Outcome) -> String {
             format!("held, token {token}, lease ends {}", time_text(*lease_deadline))
         }
         Outcome::LockWaiting { position } => format!("waits, position {position}"),
+        Outcome::RingJoined { lease_deadline } => {
+            format!("joined, lease ends {}", time_text(*lease_deadline))
+        }
         Outcome::Written { .. } | Outcome::Rejected(_) => unreachable!(),
     }
 }

@@ -21,6 +21,7 @@ use super::command::{
 use super::coordination::Backlog;
 use super::lease::{Lease, LeaseEnd, LeaseId, LeaseKey, LeaseTombstone};
 use super::retry::Requests;
+use super::ring::{Member, MemberKey, Ring, RingKey};
 use crate::limits::EXPIRE_BATCH_MAX;
 
 /// Most holders of one lock that a command looks at to find one that is lost. An exclusive lock has
@@ -36,7 +37,7 @@ pub(super) struct Step<'a> {
     pub(super) changes: &'a mut Vec<Change>,
     left: usize,
     raised: bool,
-    /// Leases that ended in this call and that claims hang from.
+    /// Leases that ended in this call and from which something hangs.
     ended: Vec<LeaseKey>,
 }
 
@@ -98,8 +99,8 @@ impl State {
         self.end_lease(key, LeaseEnd::Expired, &requests, step);
     }
 
-    /// Puts a tombstone into a lease's place, at the current revision. Its claims are ended by
-    /// `sweep_ended` or a Tick.
+    /// Puts a tombstone into a lease's place, at the current revision. Its claims and members are
+    /// ended by `sweep_ended` or a Tick.
     pub(super) fn end_lease(
         &mut self,
         key: &LeaseKey,
@@ -121,21 +122,27 @@ impl State {
         }
     }
 
-    /// Ends claims of the leases that ended in this call, as far as it may, and grants what that
-    /// sets free.
+    /// Ends claims and members of the leases that ended in this call, as far as it may, and grants
+    /// what that sets free.
     pub(super) fn sweep_ended(&mut self, step: &mut Step<'_>) {
         // Those that end on the way line up behind.
         let mut next = 0;
         while step.has_left() && next < step.ended.len() {
             let lease = &step.ended[next];
             let coordination = self.records.coordination(&lease.namespace);
+            let coordination = coordination.filter(|it| it.is_orphaned(lease.id));
             let claim = coordination.and_then(|it| it.ties(lease.id).next());
-            let Some((name, order)) = claim.filter(|_| self.is_orphaned(lease)) else {
+            let member = coordination.and_then(|it| it.member_ties(lease.id).next());
+            let namespace = lease.namespace.clone();
+            if let Some((name, order)) = claim {
+                let lock = LockKey { namespace, name: name.clone() };
+                self.end_met(&ClaimKey { lock, order }, step);
+            } else if let Some((ring, name)) = member {
+                let ring = RingKey { namespace, name: ring.clone() };
+                self.end_met_member(&MemberKey { ring, name: name.clone() }, step);
+            } else {
                 next += 1;
-                continue;
-            };
-            let lock = LockKey { namespace: lease.namespace.clone(), name: name.clone() };
-            self.end_met(&ClaimKey { lock, order }, step);
+            }
         }
     }
 
@@ -145,6 +152,10 @@ impl State {
             Backlog::Orphan(name, order) => {
                 let lock = LockKey { namespace, name };
                 self.end_met(&ClaimKey { lock, order }, step);
+            }
+            Backlog::OrphanMember(ring, name) => {
+                let ring = RingKey { namespace, name: ring };
+                self.end_met_member(&MemberKey { ring, name }, step);
             }
             Backlog::Grantable(name) => {
                 self.grant_waiters(&LockKey { namespace, name }, step);
@@ -174,15 +185,36 @@ impl State {
             return (until <= steady).then_some(Cause::DelayOver);
         }
         let key = LeaseKey { namespace: namespace.clone(), id: claim.lease };
-        if self.meet_lease(&key, step).is_none() {
-            let end = self.records.lease_tombstone(&key).map(|stone| stone.end());
-            return Some(match end {
-                Some(LeaseEnd::Revoked) => Cause::LeaseRevoked,
-                Some(LeaseEnd::Expired) | None => Cause::LeaseExpired,
-            });
+        if let Some(cause) = self.why_lease_is_over(&key, step) {
+            return Some(cause);
         }
         let is_late = claim.deadline().is_some_and(|deadline| deadline <= steady);
         is_late.then_some(Cause::TimedOut)
+    }
+
+    /// What became of what hangs from a lease, if that is over. Ends it if it is due.
+    fn why_lease_is_over(&mut self, key: &LeaseKey, step: &mut Step<'_>) -> Option<Cause> {
+        if self.meet_lease(key, step).is_some() {
+            return None;
+        }
+        let end = self.records.lease_tombstone(key).map(|stone| stone.end());
+        Some(match end {
+            Some(LeaseEnd::Revoked) => Cause::LeaseRevoked,
+            Some(LeaseEnd::Expired) | None => Cause::LeaseExpired,
+        })
+    }
+
+    /// Removes the member of `key` if its lease is over. Returns whether it was.
+    pub(super) fn end_met_member(&mut self, key: &MemberKey, step: &mut Step<'_>) -> bool {
+        let Some(lease) = self.records.member(key).map(|member| member.lease()) else {
+            return false;
+        };
+        let lease = LeaseKey { namespace: key.ring.namespace.clone(), id: lease };
+        let Some(cause) = self.why_lease_is_over(&lease, step) else { return false };
+        step.take();
+        self.raise(step);
+        self.put_member(key, None, cause, step.changes);
+        true
     }
 
     /// Ends a claim that is over: removes it, or keeps its share back for its lock-delay.
@@ -355,6 +387,40 @@ impl State {
             key: RecordKey::Claim(key.clone()),
             before: before.map(Record::Claim),
             after: after.map(Record::Claim),
+            cause,
+        });
+    }
+
+    /// The same for a member, and then for its ring, which vanishes with its last one.
+    pub(super) fn put_member(
+        &mut self,
+        key: &MemberKey,
+        after: Option<Member>,
+        cause: Cause,
+        changes: &mut Vec<Change>,
+    ) {
+        let after = after.map(Arc::new);
+        let before = self.records.replace_member(key, after.clone());
+        changes.push(Change {
+            revision: self.revision,
+            key: RecordKey::Member(key.clone()),
+            before: before.map(Record::Member),
+            after: after.map(Record::Member),
+            cause,
+        });
+        let place = self.records.ring(&key.ring);
+        let revision = place.and_then(|place| place.record.as_deref()).map(Ring::revision);
+        let is_there = place.is_some_and(|place| !place.members.is_empty());
+        if is_there && revision == Some(self.revision) {
+            return;
+        }
+        let after = is_there.then(|| Arc::new(Ring::new(&key.ring, self.revision)));
+        let before = self.records.replace_ring(&key.ring, after.clone());
+        changes.push(Change {
+            revision: self.revision,
+            key: RecordKey::Ring(key.ring.clone()),
+            before: before.map(Record::Ring),
+            after: after.map(Record::Ring),
             cause,
         });
     }

@@ -6,6 +6,7 @@ mod front;
 mod lease;
 mod lock;
 mod pipeline;
+mod ring;
 mod session;
 mod status;
 mod unary;
@@ -24,19 +25,21 @@ use crate::proto::v1::cluster_service_server::ClusterServiceServer;
 use crate::proto::v1::lease_service_server::LeaseServiceServer;
 use crate::proto::v1::lock_service_server::LockServiceServer;
 use crate::proto::v1::pipeline_service_server::PipelineServiceServer;
+use crate::proto::v1::ring_service_server::RingServiceServer;
 use crate::proto::v1::session_service_server::SessionServiceServer;
 use crate::raft::Node;
-use crate::service::{Cluster, Leases, Locks, Sessions};
+use crate::service::{Cluster, Leases, Locks, Rings, Sessions};
 
 /// How often the health service looks at the node.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Whose health is told.
-const HEALTHY: [&str; 5] = [
+const HEALTHY: [&str; 6] = [
     "",
     "quorate.v1.SessionService",
     "quorate.v1.LeaseService",
     "quorate.v1.LockService",
+    "quorate.v1.RingService",
     "quorate.v1.PipelineService",
 ];
 
@@ -46,6 +49,7 @@ struct UseCases {
     sessions: Arc<Sessions>,
     leases: Arc<Leases>,
     locks: Arc<Locks>,
+    rings: Arc<Rings>,
     cluster: Arc<Cluster>,
 }
 
@@ -59,6 +63,7 @@ impl UseCases {
             sessions: Arc::new(Sessions::new(node.clone(), seed()?)),
             leases: Arc::new(Leases::new(node.clone(), seed()?)),
             locks: Arc::new(Locks::new(node.clone(), seed()?)),
+            rings: Arc::new(Rings::new(node.clone(), seed()?)),
             cluster: Arc::new(Cluster::new(node.clone())),
         })
     }
@@ -83,6 +88,7 @@ pub async fn serve(
         .with_service_name("quorate.v1.SessionService")
         .with_service_name("quorate.v1.LeaseService")
         .with_service_name("quorate.v1.LockService")
+        .with_service_name("quorate.v1.RingService")
         .with_service_name("quorate.v1.ClusterService")
         .with_service_name("quorate.v1.PipelineService")
         .build_v1()?;
@@ -95,6 +101,7 @@ pub async fn serve(
         draining.notify_waiters();
         node.stop_waiting();
     };
+    let rings = ring::RingServer { rings: use_cases.rings };
     let cluster = use_cases.cluster;
     let served = tonic::transport::Server::builder()
         .initial_stream_window_size(4 << 20)
@@ -106,6 +113,7 @@ pub async fn serve(
         .add_service(health_service)
         .add_service(reflection)
         .add_service(ClusterServiceServer::new(cluster::ClusterServer { cluster }))
+        .add_service(RingServiceServer::new(rings).max_decoding_message_size(REQUEST_BYTES_MAX))
         .add_service(
             PipelineServiceServer::new(pipelines).max_decoding_message_size(REQUEST_BYTES_MAX),
         )

@@ -24,10 +24,11 @@ use super::cluster::describe;
 use super::convert::{
     acquire_in, acquired_out, batch_get_in, batch_out, break_in, broken_out, cancel_in,
     cancelled_out, create_in, created_out, delete_in, deleted_out, duration_in, found_lease_out,
-    found_lock_out, found_out, get_in, get_lease_in, get_lock_in, grant_in, granted_out, list_in,
-    list_leases_in, list_locks_in, listed_leases_out, listed_locks_out, listed_out, release_in,
-    released_out, renew_in, renewed_out, revoke_in, revoked_out, touch_in, touched_out, update_in,
-    updated_out,
+    found_lock_out, found_out, found_ring_out, get_in, get_lease_in, get_lock_in, get_ring_in,
+    grant_in, granted_out, join_in, joined_out, leave_in, left_out, list_in, list_leases_in,
+    list_locks_in, listed_leases_out, listed_locks_out, listed_out, locate_in, located_out,
+    release_in, released_out, renew_in, renewed_out, revoke_in, revoked_out, touch_in, touched_out,
+    update_in, updated_out,
 };
 use super::status::{empty_request, pipeline_error};
 use crate::limits::{PIPELINE_IN_FLIGHT_MAX, PIPELINE_WAITING_MAX};
@@ -35,7 +36,7 @@ use crate::proto::v1;
 use crate::proto::v1::pipeline_request::Request as Asked;
 use crate::proto::v1::pipeline_response::Response as Answer;
 use crate::proto::v1::pipeline_service_server::PipelineService;
-use crate::service::{Call, Caller, Error, Leases, Locks, Sessions};
+use crate::service::{Call, Caller, Error, Leases, Locks, Rings, Sessions};
 
 pub(super) struct Pipelines {
     use_cases: UseCases,
@@ -200,7 +201,7 @@ fn serve(
         | Asked::ListLocks(_)
         | Asked::BreakLock(_) => serve_lock(&use_cases.locks, call, asked, id, flow),
         Asked::JoinRing(_) | Asked::LeaveRing(_) | Asked::LocateKeys(_) | Asked::GetRing(_) => {
-            Err(Error::unimplemented("rings"))
+            serve_ring(&use_cases.rings, call, asked, id, flow)
         }
     }
 }
@@ -349,6 +350,39 @@ fn serve_lock(
         Asked::BreakLock(request) => {
             locks.break_lock(call, break_in(request)?, move |result| {
                 flow.answer(id, result.map(|it| Answer::BreakLock(broken_out(it))));
+            });
+        }
+        _ => return Err(empty_request()),
+    }
+    Ok(())
+}
+
+fn serve_ring(
+    rings: &Rings,
+    call: &Call,
+    asked: Asked,
+    id: u64,
+    flow: Arc<Flow>,
+) -> Result<(), Error> {
+    match asked {
+        Asked::JoinRing(request) => {
+            rings.join(call, join_in(request)?, move |result| {
+                flow.answer(id, result.map(|it| Answer::JoinRing(joined_out(&it))));
+            });
+        }
+        Asked::LeaveRing(request) => {
+            rings.leave(call, leave_in(request)?, move |result| {
+                flow.answer(id, result.map(|it| Answer::LeaveRing(left_out(it))));
+            });
+        }
+        Asked::LocateKeys(request) => {
+            rings.locate(call, locate_in(request)?, move |result| {
+                flow.answer(id, result.map(|it| Answer::LocateKeys(located_out(&it))));
+            });
+        }
+        Asked::GetRing(request) => {
+            rings.get(call, get_ring_in(request)?, move |result| {
+                flow.answer(id, result.map(|it| Answer::GetRing(found_ring_out(&it))));
             });
         }
         _ => return Err(empty_request()),

@@ -87,7 +87,7 @@ fn lease_out(found: &FoundLeases, view: &LeaseView) -> v1::Lease {
         remaining: Some(duration_out(view.lease.deadline().since(found.now))),
         held_locks: count(view.held),
         waits: count(view.claims.saturating_sub(view.held)),
-        ring_members: 0,
+        ring_members: count(view.members),
     }
 }
 

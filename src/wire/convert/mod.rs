@@ -3,6 +3,7 @@
 mod cluster;
 mod lease;
 mod lock;
+mod ring;
 mod session;
 
 use std::time::Duration;
@@ -14,6 +15,7 @@ use crate::state::Timestamp;
 pub(super) use cluster::*;
 pub(super) use lease::*;
 pub(super) use lock::*;
+pub(super) use ring::*;
 pub(super) use session::*;
 
 pub(super) fn timestamp_out(timestamp: Timestamp) -> prost_types::Timestamp {
