@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use super::convert::boundary_encode;
 use super::halt::Halt;
 use super::log::Durable;
-use super::machine::{Core, Taken};
+use super::machine::{Core, Dirty, Taken};
 use crate::clock::Clock;
 use crate::state;
 use crate::storage::checkpoint::{CheckpointError, CheckpointStore, FrozenCheckpoint};
@@ -238,7 +238,7 @@ impl Worker {
             self.replace(&file)?;
         }
         let count = changes.len();
-        let mut encoded = changes.into_iter().map(|(key, record)| {
+        let mut encoded = changes.into_iter().map(|(key, Dirty { after: record, .. })| {
             let value = record.map(|record| {
                 let mut value = Vec::new();
                 state::encode_record(&record, &mut value);
