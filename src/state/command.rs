@@ -215,8 +215,8 @@ pub enum Command {
         /// The fencing token of the grant.
         token: Revision,
     },
-    /// Undoes an Acquire, wherever it has got to: removes the waiter, takes the grant back, or keeps
-    /// it from being applied if it comes after this. Idempotent.
+    /// Undoes an Acquire, wherever it has got to: removes the waiter, takes the grant back, or
+    /// keeps it from being applied if it comes after this. Idempotent.
     CancelAcquire {
         /// Bounds its life.
         request: Request,
@@ -325,7 +325,8 @@ pub enum Outcome {
     },
     /// The claim waits. The reply's revision is its order, by which its changes can be followed.
     LockWaiting {
-        /// Its place in the queue, from 1, counted no further than `LOCK_POSITION_MAX`.
+        /// Its place in the queue, from 1, counted no further than `LOCK_POSITION_MAX`. Those who
+        /// have given up and have not been swept count.
         position: u32,
     },
     /// It was refused, on every node alike, and nothing changed.

@@ -33,7 +33,7 @@ pub(super) struct Coordination {
     /// On the steady clock.
     lease_deadlines: BTreeSet<(Timestamp, LeaseId)>,
     /// On the steady clock.
-    claim_deadlines: BTreeSet<(Timestamp, (Arc<str>, Revision))>,
+    claim_deadlines: BTreeSet<(Timestamp, ClaimName)>,
     /// In cluster time.
     tombstone_deadlines: BTreeSet<(Timestamp, LeaseId)>,
 }
@@ -48,6 +48,9 @@ struct LeasePlace {
 /// By which a lease finds its claims, and an Acquire the claim that it made: lease, request id,
 /// lock, order.
 type Tie = (LeaseId, u64, Arc<str>, Revision);
+
+/// What names a claim within a namespace: its lock's name, and its order.
+pub(super) type ClaimName = (Arc<str>, Revision);
 
 /// What is due on the steady clock; in this order where deadlines are equal.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -72,7 +75,7 @@ impl Coordination {
     pub(super) fn build(
         leases: Vec<(LeaseId, Arc<Lease>)>,
         tombstones: Vec<(LeaseId, Arc<LeaseTombstone>)>,
-        claims: Vec<((Arc<str>, Revision), Arc<Claim>)>,
+        claims: Vec<(ClaimName, Arc<Claim>)>,
     ) -> Option<Self> {
         let mut built = Self::default();
         for (id, lease) in leases {

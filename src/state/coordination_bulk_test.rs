@@ -196,3 +196,39 @@ fn a_hand_over_changes_no_more_than_it_is_about() {
         token = claim.token().unwrap();
     }
 }
+
+/// Time that this thread has run for.
+fn cpu_time() -> Duration {
+    let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap();
+    Duration::from_nanos(stat.split(' ').next().unwrap().parse().unwrap())
+}
+
+/// What a hand-over costs in a queue of so many, each of whom lines up again.
+fn hand_over_cost(count: u64) -> Duration {
+    const HAND_OVERS: u64 = 50_000;
+    let wait = Duration::from_secs(600);
+    let mut state = State::new();
+    for number in 0..=count {
+        grant(&mut state, number, Duration::from_secs(3_600));
+        acquire(&mut state, "door", number, wait);
+    }
+    let mut token = state.lock(&lock_key("door"), 1).unwrap().holders[0].claim.token().unwrap();
+    let mut changes = Vec::new();
+    let start = cpu_time();
+    for number in 0..HAND_OVERS {
+        changes.clear();
+        assert_eq!(release(&mut state, "door", token, &mut changes).outcome, Outcome::Done);
+        token = changes.iter().find(|it| it.cause == Cause::Granted).unwrap().revision;
+        acquire(&mut state, "door", number % (count + 1), wait);
+    }
+    (cpu_time() - start) / HAND_OVERS as u32
+}
+
+#[test]
+#[ignore = "soak: measures, so it wants the machine for itself"]
+fn a_long_queue_makes_a_hand_over_little_dearer() {
+    let (short, long) = (hand_over_cost(64), hand_over_cost(10_000));
+    println!("a hand-over: {short:?} with 64 waiting, {long:?} with 10,000");
+    // Trees are deeper and caches colder; what a hand-over costs in all is many times this.
+    assert!(long < 2 * short);
+}

@@ -5,15 +5,15 @@
 //! clock, which does not feel the jumps made after the whole cluster was down: the owner was cut
 //! off as well and must get its chance to renew.
 //!
-//! Every renewal is stored, so a lease ends at its last renewal + TTL exactly: no slack, as sessions
-//! have it, would save anything, because leases are renewed at a third of their TTL and not a
-//! hundred times within it. What a renewal does not change is shared between the records before
-//! and after.
+//! Every renewal is stored, so a lease ends at its last renewal + TTL exactly. Slack, as sessions
+//! have it, would save nothing, because leases are renewed at a third of their TTL and not a
+//! hundred times within it. What a renewal leaves as it is, is shared by the records before and
+//! after.
 //!
 //! Requests that concern locks are remembered on the lease that they name, and the tombstone
 //! inherits them. Acquires that were cancelled before they came need no memory beyond the lease, as
-//! nothing is acquired without one. An id is minted by the client and used once; the tombstone sees to it that a
-//! Grant which comes late does not revive what has ended.
+//! nothing is acquired without one. An id is minted by the client and used once; the tombstone sees
+//! to it that a Grant which comes late does not revive what has ended.
 
 use std::fmt;
 use std::sync::Arc;

@@ -44,8 +44,8 @@
 //!
 //! A list steps over sessions that are due but have not been swept: right after a great many
 //! expired at once it takes longer. So does one of locks whose leases have ended in great numbers,
-//! and until those are swept they count. The default timeouts are the same for all namespaces, as there
-//! are no stored policies yet.
+//! and of a long queue those count until they are swept. The default timeouts are the same for all
+//! namespaces, as there are no stored policies yet.
 
 mod apply;
 mod apply_lease;

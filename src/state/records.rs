@@ -110,8 +110,8 @@ impl Records {
         }
     }
 
-    /// The record that is due first in cluster time, and when. Equal deadlines are ordered by namespace, kind and
-    /// digest.
+    /// The record that is due first in cluster time, and when. Equal deadlines are ordered by
+    /// namespace, kind and digest.
     pub(super) fn first_deadline(&self) -> Option<(Timestamp, RecordKey)> {
         let (deadline, namespace) = self.first_deadlines.first()?;
         let records = self.namespace(namespace).expect("only what exists has a deadline");

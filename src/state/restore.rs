@@ -13,7 +13,7 @@ use super::State;
 use super::claim::Claim;
 use super::codec::{CodecError, decode_header, decode_record_with, encode_header, split_key};
 use super::command::{Digest, Namespace, Record, RecordKey, Revision};
-use super::coordination::Coordination;
+use super::coordination::{ClaimName, Coordination};
 use super::digest::{StateDigest, of_state};
 use super::lease::{Lease, LeaseId, LeaseTombstone};
 use super::namespace::NamespaceRecords;
@@ -70,7 +70,7 @@ struct Collected {
     tombstones: Vec<(Digest, Arc<Tombstone>)>,
     leases: Vec<(LeaseId, Arc<Lease>)>,
     lease_tombstones: Vec<(LeaseId, Arc<LeaseTombstone>)>,
-    claims: Vec<((Arc<str>, Revision), Arc<Claim>)>,
+    claims: Vec<(ClaimName, Arc<Claim>)>,
 }
 
 impl Restore {
