@@ -89,9 +89,7 @@ fn describe(error: &client::Error) -> String {
             return format!("{message}; its version is {current}: read it again");
         }
         Error::VersionMismatch { .. } => "read it again",
-        Error::NotFound { reason, .. } if reason == "LEASE_NOT_FOUND" => {
-            "it may have run out, been revoked, or be in another --namespace"
-        }
+        Error::NotFound { reason, .. } if reason == "LEASE_NOT_FOUND" => "is --namespace right?",
         Error::NotFound { reason, .. } if reason == "LOCK_NOT_FOUND" => "so it is free",
         Error::LockHeld { .. } => "wait for it with --wait, or see who has it: `quorate lock show`",
         Error::WaitExpired { .. } => "see who has it with `quorate lock show`",
