@@ -240,7 +240,7 @@ fn show(output: Output, lock: &LockRecord, revision: u64) -> Result<(), Failure>
         text.push_str(&holders.render());
     }
     if !lock.waiters.is_empty() {
-        let headings = ["WAITER", "OWNER", "MODE", "WAITS SINCE", "AT MOST"];
+        let headings = ["WAITER", "OWNER", "MODE", "WAITED", "GIVES UP IN"];
         let mut waiters = Table::new(&headings, &[]);
         for waiter in &lock.waiters {
             waiters.row([

@@ -25,8 +25,9 @@ use super::liveness::{CLOCK_CHECK, Loss};
 use super::retry::{Patience, Progress};
 use crate::limits::LEASE_RENEWALS_MAX;
 
-/// Leases that are due within this part of their interval go with those that are due now.
-const TOGETHER_FRACTION: u32 = 8;
+/// Leases that are due within this part of their interval go with those that are due now: less than
+/// the jitter of the cluster's answers, so that these go on spreading them.
+const TOGETHER_FRACTION: u32 = 32;
 /// Pauses after a message that failed double from the first to the last of these.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(1);

@@ -69,6 +69,9 @@
 
 mod cluster;
 mod connection;
+#[cfg(test)]
+#[cfg(feature = "server")]
+mod coordination_test;
 mod error;
 mod id;
 mod keeper;

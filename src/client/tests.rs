@@ -28,7 +28,7 @@ const CLUSTER_TIME: i64 = 1_800_000_000_000;
 const NOWHERE: &str = "127.0.0.1:1";
 
 /// What a mock does with a request.
-enum Action {
+pub(super) enum Action {
     Answer(Response),
     Refuse(Code, &'static str),
     /// Answers only after the next request has been answered.
@@ -41,7 +41,7 @@ type Script = Box<dyn FnMut(usize, &Request) -> Action + Send>;
 
 /// A node that does as its script says.
 #[derive(Clone)]
-struct Mock(Arc<MockState>);
+pub(super) struct Mock(Arc<MockState>);
 
 struct MockState {
     node_id: u64,
@@ -56,7 +56,7 @@ struct MockState {
 
 impl Mock {
     /// A node that listens; it leads unless told otherwise.
-    async fn start(
+    pub(super) async fn start(
         node_id: u64,
         script: impl FnMut(usize, &Request) -> Action + Send + 'static,
     ) -> Self {
@@ -97,7 +97,7 @@ impl Mock {
         *self.0.silent.lock().unwrap()
     }
 
-    fn seen(&self) -> Vec<v1::PipelineRequest> {
+    pub(super) fn seen(&self) -> Vec<v1::PipelineRequest> {
         self.0.seen.lock().unwrap().clone()
     }
 
@@ -267,7 +267,7 @@ fn id() -> SessionId {
     SessionId::new("a-session-of-a-test").unwrap()
 }
 
-fn builder(mocks: &[&Mock]) -> ClientBuilder {
+pub(super) fn builder(mocks: &[&Mock]) -> ClientBuilder {
     Client::builder().endpoints(mocks.iter().map(|mock| mock.address().to_owned()))
 }
 
@@ -282,7 +282,7 @@ fn context_of(message: &v1::PipelineRequest) -> v1::RequestContext {
 }
 
 /// No test may hang: what takes this long has failed.
-async fn within_ten_seconds<T>(test: impl Future<Output = T>) -> T {
+pub(super) async fn within_ten_seconds<T>(test: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(10), test).await.expect("a deadline was not kept")
 }
 

@@ -15,6 +15,8 @@ mod clock;
 mod convert;
 mod exchange;
 mod following;
+#[cfg(test)]
+mod following_test;
 mod formation;
 mod halt;
 mod lanes;

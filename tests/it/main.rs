@@ -20,6 +20,7 @@ mod freshness;
 mod keeper;
 mod kills;
 mod load;
+mod lock;
 mod majority;
 mod paused;
 mod random;

@@ -1,0 +1,156 @@
+//! Leases and locks as scripts use them: what a command under a lock sees, and when it is stopped.
+
+use serde_json::Value;
+
+use crate::cluster::{Cluster, Output, eventually};
+
+const SH: &str = "/bin/sh";
+
+/// A lock that exists, as `lock show` prints it.
+async fn show(cluster: &Cluster, name: &str) -> Option<Value> {
+    let shown = cluster.cli(&["lock", "show", name, "--output=json"]).await;
+    match shown.code {
+        0 => Some(shown.json()["lock"].clone()),
+        3 => None,
+        _ => panic!("{shown:?}"),
+    }
+}
+
+async fn held(cluster: &Cluster, name: &str) -> Value {
+    eventually("the lock is held", async || {
+        let lock = show(cluster, name).await;
+        let holder = lock.as_ref().map(|lock| lock["holders"][0].clone());
+        holder.filter(|holder| !holder.is_null()).ok_or_else(|| format!("{lock:?}"))
+    })
+    .await
+}
+
+async fn exec(cluster: &Cluster, options: &[&str], script: &str) -> Output {
+    let words = [&["lock", "exec", "job"], options, &["--", SH, "-c", script]].concat();
+    cluster.cli(&words).await
+}
+
+#[tokio::test]
+async fn a_command_runs_under_a_lock_and_has_its_token() {
+    let cluster = Cluster::start("lock exec").await;
+    let first = exec(&cluster, &[], "echo $QUORATE_LOCK $QUORATE_FENCING_TOKEN; exit 7").await;
+    assert_eq!((first.code, &*first.stderr), (7, ""), "{first:?}");
+    let second = exec(&cluster, &["--wait=10s"], "echo $QUORATE_LOCK $QUORATE_FENCING_TOKEN").await;
+    assert_eq!((second.code, &*second.stderr), (0, ""), "{second:?}");
+    let token = |output: &Output| -> u64 {
+        output.stdout.trim_end().strip_prefix("job ").unwrap().parse().unwrap()
+    };
+    assert!(token(&second) > token(&first), "{first:?} {second:?}");
+    assert_eq!(show(&cluster, "job").await, None, "it was given back");
+    let missing = cluster.cli(&["lock", "exec", "job", "--", "/no/such/command"]).await;
+    assert_eq!(missing.code, 127, "{missing:?}");
+    // A signal that ends the command, as a shell says it.
+    assert_eq!(exec(&cluster, &[], "kill -KILL $$").await.code, 137);
+    // What this process is told, the command is told, and the lock is given back after its end.
+    let script = "trap 'exit 9' TERM; kill -TERM $PPID; while :; do sleep 0.05; done";
+    let told = exec(&cluster, &[], script).await;
+    assert_eq!(told.code, 9, "{told:?}");
+    assert_eq!(show(&cluster, "job").await, None);
+    assert_eq!(cluster.cli(&["lease", "list"]).await.stdout.lines().count(), 1);
+}
+
+#[tokio::test]
+async fn who_does_not_get_the_lock_in_time_is_told_so() {
+    let cluster = Cluster::start("lock wait").await;
+    let lease = cluster.cli(&["lease", "grant", "--ttl=10m", "--owner=al"]).await;
+    let lease = lease.stdout.trim_end();
+    let acquire = ["lock", "acquire", "job", "--lease", lease, "--shared", "--output=json"];
+    let token = cluster.cli(&acquire).await.json()["token"].as_u64().unwrap();
+    let holder = held(&cluster, "job").await;
+    assert_eq!(holder["token"], token);
+    assert_eq!(holder["owner"], "al");
+    assert_eq!(holder["lease_id"], lease);
+    assert_eq!(holder["mode"], serde_json::json!({ "shared": true }));
+
+    for (options, reason) in [(&[][..], "--wait"), (&["--wait=200ms"], "lock show")] {
+        let refused = exec(&cluster, options, "echo ran").await;
+        assert_eq!((refused.code, &*refused.stdout), (75, ""), "{refused:?}");
+        assert!(refused.stderr.contains(reason), "{refused:?}");
+        assert_eq!(refused.stderr.lines().count(), 1, "{refused:?}");
+    }
+    let mismatch = exec(&cluster, &["--permits=3"], "echo ran").await;
+    assert_eq!(mismatch.code, 4, "{mismatch:?}");
+    let shared = exec(&cluster, &["--shared"], "echo ran").await;
+    assert_eq!((shared.code, &*shared.stdout), (0, "ran\n"), "{shared:?}");
+
+    // The fence of a session holds for as long as the token does.
+    let id = cluster.cli(&["session", "create"]).await.stdout.trim_end().to_owned();
+    let fence = format!("--fence=job:{token}");
+    let set = ["session", "set", &id, &fence, "a=b"];
+    assert_eq!(cluster.cli(&set).await.code, 0);
+    let token = format!("--token={token}");
+    let release = ["lock", "release", "job", &token, "--lease", lease];
+    assert_eq!(cluster.cli(&release).await.code, 0);
+    for command in [&release[..], &set, &["session", "delete", &id, &fence]] {
+        let refused = cluster.cli(command).await;
+        assert_eq!((refused.code, refused.stderr.lines().count()), (4, 1), "{refused:?}");
+    }
+    assert_eq!(cluster.cli(&["session", "delete", &id]).await.code, 0);
+
+    let renewed = cluster.cli(&["lease", "keep-alive", "--once", lease]).await;
+    assert!(renewed.stdout.contains("renewed"), "{renewed:?}");
+    assert_eq!(cluster.cli(&["lease", "revoke", lease]).await.code, 0);
+    for words in [&["show", lease][..], &["revoke", lease], &["keep-alive", "--once", lease]] {
+        let gone = cluster.cli(&[&["lease"], words].concat()).await;
+        assert_eq!(gone.code, 3, "{gone:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_command_is_stopped_when_its_lock_is_lost() {
+    let cluster = Cluster::start("lock lost").await;
+    // One that goes when told so, and says that all is well; one that does not.
+    let polite = "trap 'exit 0' TERM; while :; do sleep 0.05; done";
+    let stubborn = "trap '' TERM; while :; do sleep 0.05; done";
+    for (script, code) in [(polite, 4), (stubborn, 137)] {
+        let revoking = async {
+            let holder = held(&cluster, "job").await;
+            let lease = holder["lease_id"].as_str().unwrap();
+            let revoked = cluster.cli(&["lease", "revoke", lease]).await;
+            assert_eq!(revoked.code, 0, "{revoked:?}");
+        };
+        let (stopped, ()) = tokio::join!(exec(&cluster, &["--ttl=3s"], script), revoking);
+        assert_eq!(stopped.code, code, "{stopped:?}");
+        assert!(stopped.stderr.contains("the lock is lost"), "{stopped:?}");
+    }
+}
+
+#[tokio::test]
+async fn locks_and_those_who_wait_for_them_outlive_the_leader() {
+    let mut cluster = Cluster::start("lock failover").await;
+    let go = cluster.path().join("go");
+    let script = format!("until [ -e {} ]; do sleep 0.05; done; echo first", go.display());
+    let addresses = cluster.addresses().join(",");
+    let spawn = |script: &str| {
+        let endpoints = format!("--endpoints={addresses}");
+        let words = ["lock", "exec", "job", "--wait=60s", "--ttl=60s", "--", SH, "-c", script];
+        let words = std::iter::once(endpoints).chain(words.map(str::to_owned)).collect();
+        tokio::spawn(crate::cluster::run(words, Vec::new()))
+    };
+    let first = spawn(&script);
+    let token = held(&cluster, "job").await["token"].clone();
+    let second = spawn("echo second");
+    eventually("the second one waits", async || {
+        let lock = show(&cluster, "job").await;
+        let waits = lock.as_ref().is_some_and(|lock| lock["waiter_count"] == 1);
+        if waits { Ok(()) } else { Err(format!("{lock:?}")) }
+    })
+    .await;
+    let leader = cluster.leader().await;
+    cluster.kill(leader);
+    cluster.leader_other_than(leader).await;
+    let lock = eventually("the lock is there", async || {
+        show(&cluster, "job").await.ok_or_else(|| "not found".to_owned())
+    })
+    .await;
+    assert_eq!((&lock["holders"][0]["token"], &lock["waiter_count"]), (&token, &1.into()));
+    crate::cluster::write_file(&go, b"");
+    let (first, second) = (first.await.unwrap(), second.await.unwrap());
+    assert_eq!((first.code, &*first.stdout), (0, "first\n"), "{first:?}");
+    assert_eq!((second.code, &*second.stdout), (0, "second\n"), "{second:?}");
+}
