@@ -27,8 +27,8 @@
 //! # The life of a write
 //!
 //! 1. `wire::session` (one gRPC call; `wire::lease` and `wire::lock` are like it) or
-//!    `wire::pipeline` (a stream of many) decodes it with
-//!    `wire::convert` and calls, say, [`service::Sessions::update`].
+//!    `wire::pipeline` (a stream of many) decodes it with `wire::convert` and calls, say,
+//!    [`service::Sessions::update`].
 //! 2. The service validates, turns the session id into its digest
 //!    ([`service::session_digest`]: below this line nobody knows an id), names and dates the
 //!    request if the client has not, and builds a [`state::Command`].
@@ -66,7 +66,7 @@
 //! 2. The caller's node follows that claim in its own state (`raft::following`). The entry that
 //!    grants or ends it is applied here as everywhere, and its change answers the caller.
 //! 3. A caller, connection, node or leader that goes away takes nothing with it: the same request,
-//!    sent to any node, finds its claim. Only a Cancel, the end of its wait or of its lease ends it.
+//!    sent to any node, finds its claim. Only a Cancel, or the end of its wait or lease, ends it.
 //!
 //! Renewals of leases go before everything else that waits to be proposed (`raft::lanes`).
 //!

@@ -26,8 +26,8 @@ use crate::storage::snapshot::{SnapshotError, SnapshotFile, SnapshotReader};
 
 type Snapshot = openraft::storage::Snapshot<CommittedLeaderId, u64, Member, SnapshotFile>;
 
-/// Commands whose records are fetched at once: enough to hide the waiting for memory, and few enough
-/// that what was fetched first is still in the cache when it is needed.
+/// Commands whose records are fetched at once: enough to hide the waiting for memory, and few
+/// enough that what was fetched first is still in the cache when it is needed.
 const COMMANDS_FETCHED_MAX: usize = 128;
 
 /// How far the state machine is.
