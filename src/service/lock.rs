@@ -1,8 +1,8 @@
 //! Locks: the use cases.
 //!
-//! An Acquire has two times. Its *wait* is in the command and judged in the log, and when it is over
-//! the claim is gone. The *call's deadline* is the caller's, and when it comes first the caller is
-//! told that its claim still waits: the same request, sent again to any node, goes on waiting.
+//! An Acquire has two times. Its *wait* is in the command and judged in the log, and when it is
+//! over the claim is gone. The *call's deadline* is the caller's, and when it comes first he is
+//! told that his claim still waits: the same request, sent again to any node, goes on waiting.
 
 use std::sync::Arc;
 use std::time::Duration;

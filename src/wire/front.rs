@@ -1,8 +1,8 @@
 //! The shortest way for the calls of which there are most.
 //!
 //! tonic routes calls by way of axum, which looks for the path in a tree and boxes the service, the
-//! call and the answer: a tenth of what a call costs. So calls of `SessionService`, `LeaseService` and
-//! `LockService` are told by their path and handed over directly, and the router sees the rest.
+//! call and the answer: a tenth of what a call costs. So calls of `SessionService`, `LeaseService`
+//! and `LockService` are told by their path and handed over directly, and the router sees the rest.
 
 use std::convert::Infallible;
 use std::task::{Context, Poll};
