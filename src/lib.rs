@@ -26,7 +26,8 @@
 //!
 //! # The life of a write
 //!
-//! 1. `wire::session` (one gRPC call) or `wire::pipeline` (a stream of many) decodes it with
+//! 1. `wire::session` (one gRPC call; `wire::lease` and `wire::lock` are like it) or
+//!    `wire::pipeline` (a stream of many) decodes it with
 //!    `wire::convert` and calls, say, [`service::Sessions::update`].
 //! 2. The service validates, turns the session id into its digest
 //!    ([`service::session_digest`]: below this line nobody knows an id), names and dates the
@@ -57,6 +58,17 @@
 //!    answer. A read writes nothing; one that also touches the session may propose a command.
 //!
 //! A local read ([`raft::Node::read_local`]) skips step 2, or waits for a revision.
+//!
+//! # The life of a wait
+//!
+//! 1. An Acquire is a write: [`service::Locks::acquire`], [`raft::Node::acquire`], the log. When
+//!    the lock is not free, the claim that it makes is a record like any other, and waits.
+//! 2. The caller's node follows that claim in its own state (`raft::following`). The entry that
+//!    grants or ends it is applied here as everywhere, and its change answers the caller.
+//! 3. A caller, connection, node or leader that goes away takes nothing with it: the same request,
+//!    sent to any node, finds its claim. Only a Cancel, the end of its wait or of its lease ends it.
+//!
+//! Renewals of leases go before everything else that waits to be proposed (`raft::lanes`).
 //!
 //! # What is on disk
 //!
