@@ -414,8 +414,8 @@ impl Acquire {
         liveness: Option<&Arc<Liveness>>,
     ) -> Result<(Grant, Claim), Error> {
         let start = Instant::now();
+        let mut left = self.wait;
         loop {
-            let left = self.wait.saturating_sub(start.elapsed());
             let claim = Claim::new(&self.client, &self.lock, lease, liveness);
             let error = match self.ask_once(&claim, left).await {
                 Ok(grant) => return Ok((grant, claim)),
@@ -430,6 +430,7 @@ impl Acquire {
                 {
                     drop(claim);
                     tokio::time::sleep(ANEW_PAUSE).await;
+                    left = self.wait.saturating_sub(start.elapsed());
                 }
                 Error::DeadlineExceeded { message } if waited => {
                     return Err(Error::WaitExpired { message });
