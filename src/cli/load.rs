@@ -161,7 +161,8 @@ pub(crate) struct Progress {
 }
 
 impl Load {
-    /// Sets `callers` to work, with a contender each if there are any; their outcomes count once the phase is `Measure`.
+    /// Sets `callers` to work, with a contender each if there are any; their outcomes count once
+    /// the phase is `Measure`.
     pub(crate) fn start(
         client: &Client,
         work: Work,

@@ -23,7 +23,7 @@ use crate::limits::{RING_MEMBERS_MAX, RING_WEIGHT_MAX};
 pub(crate) enum RingCommand {
     /// Make somebody a member of a ring, or change what the member says of itself
     #[command(after_help = "Examples:\n  \
-        quorate ring join billing billing-7 --lease \"$lease\" --address 10.0.0.7:8080 --weight 2\n  \
+        quorate ring join billing billing-7 --lease \"$lease\" --address 10.0.0.7:80 --weight 2\n  \
         quorate ring join billing billing-7 --ttl 15s zone=east    # until interrupted\n\n\
         The member is on the ring for as long as its lease lives. With --ttl the lease is this \
         command's own: it keeps it alive, and gives it up when it is interrupted.")]

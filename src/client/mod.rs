@@ -44,12 +44,11 @@
 //! let lease = client.leases().grant(LeaseOptions::new().owner("worker-7")).await?;
 //! let locks = client.locks();
 //! let guard = locks.lock("billing").wait(Duration::from_secs(10)).acquire(&lease).await?;
+//! // The token proves that nobody else has got the lock before this write.
+//! let update = Update::new().set("bill", "17").fence("billing", guard.token());
+//! let sessions = client.sessions();
 //! tokio::select! {
-//!     // The token proves that nobody else has got the lock before this write.
-//!     done = client.sessions().update(
-//!         session,
-//!         Update::new().set("bill", "17").fence("billing", guard.token()),
-//!     ) => drop(done?),
+//!     done = sessions.update(session, update) => drop(done?),
 //!     loss = guard.lost() => return Err(Error::LeaseLost { message: loss.describe().into() }),
 //! }
 //! guard.release().await?;

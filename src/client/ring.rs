@@ -291,9 +291,9 @@ impl Rings {
         Self { client }
     }
 
-    /// Makes somebody a member of `ring` for as long as `lease` lives; or changes what a member says
-    /// of itself that hangs from this lease already. Joining does not renew the lease, and nothing
-    /// joins again by itself: that the lease is lost is the signal.
+    /// Makes somebody a member of `ring` for as long as `lease` lives; or changes what a member
+    /// says of itself that hangs from this lease already. Joining does not renew the lease, and
+    /// nothing joins again by itself: that the lease is lost is the signal.
     ///
     /// # Errors
     ///

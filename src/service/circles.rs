@@ -1,4 +1,5 @@
-//! The circles of rings that were asked for, so that a look-up does not have to arrange the members.
+//! The circles of rings that were asked for, so that a look-up does not have to arrange the
+//! members.
 //!
 //! A circle of a thousand members takes a tenth of a second, so it is built on a thread of its own,
 //! once for all who wait for it, and kept until the ring has changed and somebody asks again. What

@@ -52,9 +52,9 @@ impl State {
         (!members.is_empty()).then_some(RingView { revision, members, is_settled })
     }
 
-    /// The revision of a ring, if all members that are stored are alive: whoever has read it at that
-    /// revision need not do so again. Quicker than reading it; `None` does not say that there is no
-    /// such ring.
+    /// The revision of a ring, if all members that are stored are alive: whoever has read it at
+    /// that revision need not do so again. Quicker than reading it; `None` does not say that there
+    /// is no such ring.
     pub fn settled_ring_revision(&self, key: &RingKey) -> Option<Revision> {
         let coordination = self.records.coordination(&key.namespace)?;
         let is_settled = coordination.is_settled(self.clock.steady);

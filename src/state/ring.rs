@@ -1,11 +1,11 @@
 //! A ring: its members, and when they last changed.
 //!
 //! Each member is a record of its own and hangs from a lease, so a ring of a thousand is not
-//! rewritten when one joins. Whoever routes by a ring must know that his members are stale, so there
-//! is a number that any change of them raises: the revision of the last one. The members that are
-//! left cannot tell when another has gone, so it is kept in one more record, the ring's own. A ring
-//! is there for as long as it has members; of one that has none left nothing remains, and when it
-//! comes back its revision is beyond any that it had, as revisions are.
+//! rewritten when one joins. Whoever routes by a ring must know that his members are stale, so
+//! there is a number that any change of them raises: the revision of the last one. The members that
+//! are left cannot tell when another has gone, so it is kept in one more record, the ring's own. A
+//! ring is there for as long as it has members; of one that has none left nothing remains, and when
+//! it comes back its revision is beyond any that it had, as revisions are.
 //!
 //! Where a key lies follows from the members' names and weights, which is no business of the core.
 

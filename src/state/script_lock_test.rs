@@ -1,6 +1,6 @@
-//! What scripts say about leases, locks and rings. Leases are called by names of up to 16 characters,
-//! which stand for their ids; locks by their names. `token=a` is the last token of lease a on that
-//! lock, `token=17` is 17.
+//! What scripts say about leases, locks and rings. Leases are called by names of up to 16
+//! characters, which stand for their ids; locks by their names. `token=a` is the last token of
+//! lease a on that lock, `token=17` is 17.
 
 use std::fmt::Write as _;
 use std::time::Duration;

@@ -209,7 +209,7 @@ impl File for RealFile {
                 // What was written of it before the refusal is written again.
                 Err(error) if is_refusal(&error) => {
                     self.refused.store(true, Ordering::Relaxed);
-                    tracing::info!(%error, "no direct I/O on this file system; writes are buffered");
+                    tracing::info!(%error, "direct I/O was refused; writes are buffered");
                 }
                 written => return written,
             }
