@@ -125,7 +125,8 @@ impl SessionTable {
             seen += self.buckets[self.bucket_of(digest)].len();
         }
         for digest in digests {
-            seen += usize::from(self.buckets[self.bucket_of(digest)].first().is_some());
+            let first = self.buckets[self.bucket_of(digest)].first();
+            seen += first.map_or(0, |(digest, _)| usize::from(digest.0[0]));
         }
         let sessions: Vec<&Arc<Session>> =
             digests.iter().filter_map(|digest| self.get(digest)).collect();
