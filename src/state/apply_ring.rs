@@ -125,8 +125,10 @@ impl State {
             return Ok(Reply { revision, outcome: Outcome::Done });
         }
         let member = member.ok_or(Rejection::MemberNotFound)?;
-        // Perhaps it was applied, and this is whoever took the name since, on another lease.
-        if lease.is_none() && resend && member.join_time() > request.first_sent {
+        // Perhaps it was applied, and this is whoever took the name since, on another lease, which
+        // remembers nothing of it. That holds for a first sending, too: its resend may have
+        // overtaken it.
+        if lease.is_none() && member.join_time() >= request.first_sent {
             return Err(Rejection::OutcomeUnknown);
         }
         self.raise_anew(step);
