@@ -418,8 +418,8 @@ fn tests_are_only_left_out_for_their_length() {
 fn tests_wait_for_conditions() {
     let mut complaints = Complaints::default();
     for source in sources(&["tests"], "rs") {
-        // The one place of a program that polls, with a deadline.
-        let polls = matches!(&*source.path, "tests/it/cluster.rs" | "tests/locks.rs");
+        // The one place of each program that polls, with a deadline.
+        let polls = matches!(&*source.path, "tests/it/cluster.rs" | "tests/in_process/nodes.rs");
         let sleeps = source.numbered().filter(|(_, _, code)| code.contains("sleep("));
         for (number, _, _) in sleeps.skip(usize::from(polls)) {
             complaints.add(&source.path, number, "sleeps; wait for something, with a deadline");

@@ -1,52 +1,18 @@
 //! Rings through every layer: three nodes in one process, asked one by one.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
-
-use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
 use std::time::Duration;
 
 use quorate::client::{
     Client, Error, LeaseOptions, NewRingMember, Ring, RingReadOptions, Transport,
 };
-use quorate::clock::SystemClock;
 use quorate::proto::v1;
 use quorate::proto::v1::ring_service_client::RingServiceClient;
-use quorate::raft::{CheckpointPolicy, RaftTimeouts};
-use quorate::server::{Listeners, Server, ServerOptions};
+use quorate::server::Server;
 use tonic::transport::Channel;
 
-const ANY_PORT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
-const RING: &str = "billing";
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::nodes::{PATIENCE, three_nodes};
 
-async fn three_nodes(directory: &std::path::Path) -> Vec<Server> {
-    let mut bound = Vec::new();
-    for _ in 0..3 {
-        bound.push(Listeners::bind(ANY_PORT, ANY_PORT).await.unwrap());
-    }
-    let initial_cluster: BTreeMap<u64, String> = (1..)
-        .zip(&bound)
-        .map(|(id, listeners)| (id, listeners.peer_address().unwrap().to_string()))
-        .collect();
-    let mut servers = Vec::new();
-    for (id, listeners) in (1..).zip(bound) {
-        let options = ServerOptions {
-            node_id: id,
-            data_directory: directory.join(format!("node-{id}")),
-            listen: ANY_PORT,
-            peer_listen: ANY_PORT,
-            advertise: None,
-            peer_advertise: None,
-            initial_cluster: initial_cluster.clone(),
-            timeouts: RaftTimeouts::default(),
-            checkpoints: CheckpointPolicy::default(),
-        };
-        servers.push(Server::start(options, listeners, Arc::new(SystemClock)).await.unwrap());
-    }
-    servers
-}
+const RING: &str = "billing";
 
 fn addresses(servers: &[Server]) -> Vec<String> {
     servers.iter().map(|server| server.address().to_string()).collect()

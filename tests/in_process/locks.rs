@@ -1,15 +1,10 @@
 //! Leases and locks of three nodes in one process, asked through the generated stubs: nothing is
 //! retried here, and each request goes to the node that is named.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on says where")]
-
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use quorate::clock::SystemClock;
 use quorate::proto::v1;
 use quorate::proto::v1::lease_renewal::Outcome;
 use quorate::proto::v1::lease_service_client::LeaseServiceClient;
@@ -19,8 +14,7 @@ use quorate::proto::v1::pipeline_request::Request as Asked;
 use quorate::proto::v1::pipeline_response::Response as Answer;
 use quorate::proto::v1::pipeline_service_client::PipelineServiceClient;
 use quorate::proto::v1::session_service_client::SessionServiceClient;
-use quorate::raft::{CheckpointPolicy, RaftTimeouts};
-use quorate::server::{Listeners, Server, ServerOptions};
+use quorate::server::Server;
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -29,9 +23,8 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
 use tonic_types::StatusExt as _;
 
-const ANY_PORT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
-/// How long anything may take. Only a hang takes so long, even on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::nodes::{PATIENCE, eventually, three_nodes};
+
 const MINUTE: Duration = Duration::from_secs(60);
 
 struct Cluster {
@@ -41,34 +34,15 @@ struct Cluster {
     _directory: TempDir,
 }
 
-async fn three_nodes() -> Cluster {
+async fn start() -> Cluster {
     let directory = tempfile::tempdir().unwrap();
-    let mut bound = Vec::new();
-    for _ in 0..3 {
-        bound.push(Listeners::bind(ANY_PORT, ANY_PORT).await.unwrap());
-    }
-    let initial_cluster: BTreeMap<u64, String> = (1..)
-        .zip(&bound)
-        .map(|(id, listeners)| (id, listeners.peer_address().unwrap().to_string()))
-        .collect();
-    let (mut servers, mut channels) = (Vec::new(), Vec::new());
-    for (id, listeners) in (1..).zip(bound) {
-        let options = ServerOptions {
-            node_id: id,
-            data_directory: directory.path().join(format!("node-{id}")),
-            listen: ANY_PORT,
-            peer_listen: ANY_PORT,
-            advertise: None,
-            peer_advertise: None,
-            initial_cluster: initial_cluster.clone(),
-            timeouts: RaftTimeouts::default(),
-            checkpoints: CheckpointPolicy::default(),
-        };
-        let server = Server::start(options, listeners, Arc::new(SystemClock)).await.unwrap();
+    let servers = three_nodes(directory.path()).await;
+    let channel = |server: &Server| {
         let address = format!("http://{}", server.address());
-        channels.push(Endpoint::from_shared(address).unwrap().connect_lazy());
-        servers.push(Some(server));
-    }
+        Endpoint::from_shared(address).unwrap().connect_lazy()
+    };
+    let channels = servers.iter().map(channel).collect();
+    let servers = servers.into_iter().map(Some).collect();
     let requests = AtomicU64::new(1);
     let cluster = Cluster { servers, channels, requests, _directory: directory };
     eventually("all nodes serve", async || {
@@ -77,22 +51,6 @@ async fn three_nodes() -> Cluster {
     })
     .await;
     cluster
-}
-
-/// Asks until there is an answer.
-async fn eventually<T>(what: &str, mut attempt: impl AsyncFnMut() -> Option<T>) -> T {
-    let tries = async {
-        loop {
-            if let Some(found) = attempt().await {
-                return found;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
-    match tokio::time::timeout(PATIENCE, tries).await {
-        Ok(found) => found,
-        Err(_) => panic!("{what}: not within {PATIENCE:?}"),
-    }
 }
 
 fn length(duration: Duration) -> Option<prost_types::Duration> {
@@ -219,7 +177,7 @@ async fn answered(acquiring: Acquiring) -> Result<v1::AcquireLockResponse, Statu
 
 #[tokio::test]
 async fn a_lease_is_granted_kept_alive_and_revoked() {
-    let cluster = three_nodes().await;
+    let cluster = start().await;
     let timing = cluster.grant(0, 1, MINUTE).await;
     assert!(at_most(&timing.remaining) <= MINUTE);
     assert!(at_most(&timing.renew_after) < MINUTE / 2);
@@ -280,7 +238,7 @@ async fn a_lease_is_granted_kept_alive_and_revoked() {
 
 #[tokio::test]
 async fn who_waits_on_one_node_is_granted_what_is_released_on_another() {
-    let cluster = three_nodes().await;
+    let cluster = start().await;
     for number in 1..=3 {
         cluster.grant(0, number, MINUTE).await;
     }
@@ -320,7 +278,7 @@ async fn who_waits_on_one_node_is_granted_what_is_released_on_another() {
 
 #[tokio::test]
 async fn a_wait_ends_as_it_was_asked_to() {
-    let cluster = three_nodes().await;
+    let cluster = start().await;
     for number in 1..=3 {
         cluster.grant(0, number, MINUTE).await;
     }
@@ -367,7 +325,7 @@ async fn a_wait_ends_as_it_was_asked_to() {
 
 #[tokio::test]
 async fn a_lease_that_ends_hands_its_lock_on() {
-    let cluster = three_nodes().await;
+    let cluster = start().await;
     cluster.grant(0, 1, Duration::from_secs(1)).await;
     cluster.grant(0, 2, MINUTE).await;
     let held = cluster.acquire_request(1, "door", Duration::ZERO);
@@ -381,7 +339,7 @@ async fn a_lease_that_ends_hands_its_lock_on() {
 
 #[tokio::test]
 async fn a_fenced_write_needs_the_token_that_holds() {
-    let cluster = three_nodes().await;
+    let cluster = start().await;
     let mut sessions = SessionServiceClient::new(cluster.channels[1].clone());
     let id = "a-session-of-its-own".to_owned();
     let create = v1::CreateSessionRequest { id: id.clone(), ..Default::default() };
@@ -452,7 +410,7 @@ impl Pipeline {
 
 #[tokio::test]
 async fn a_pipeline_carries_what_waits_and_what_ends_the_wait() {
-    let cluster = three_nodes().await;
+    let cluster = start().await;
     let mut pipeline = Pipeline::open(cluster.channels[1].clone()).await;
     for number in [1, 2] {
         pipeline.ask(
@@ -497,7 +455,7 @@ async fn a_pipeline_carries_what_waits_and_what_ends_the_wait() {
 
 #[tokio::test]
 async fn who_waits_keeps_his_place_when_the_leader_stops() {
-    let mut cluster = three_nodes().await;
+    let mut cluster = start().await;
     let leader = eventually("there is a leader", async || cluster.leader()).await;
     let (first, second) = ((leader + 1) % 3, (leader + 2) % 3);
     for number in 1..=4 {
