@@ -472,7 +472,7 @@ fn summary(statuses: &BTreeMap<u64, StatusResponse>) -> String {
 }
 
 /// The binary of this build, or the one that `QUORATE_TEST_BINARY` names.
-fn quorate() -> Command {
+pub(crate) fn quorate() -> Command {
     let binary = std::env::var_os("QUORATE_TEST_BINARY");
     let mut command = Command::new(binary.unwrap_or(env!("CARGO_BIN_EXE_quorate").into()));
     // Options could come from the environment too, and these are not to.

@@ -12,6 +12,7 @@
 
 mod cli;
 mod cluster;
+mod contention;
 mod corruption;
 mod direct;
 mod expiry;
