@@ -1,8 +1,13 @@
 //! Leases and locks as scripts use them: what a command under a lock sees, and when it is stopped.
 
+use std::time::Duration;
+
+use quorate::client::{Error, LeaseOptions, Locks};
 use serde_json::Value;
+use tokio::task::JoinSet;
 
 use crate::cluster::{Cluster, Output, eventually};
+use crate::random::size;
 
 const SH: &str = "/bin/sh";
 
@@ -153,4 +158,55 @@ async fn locks_and_those_who_wait_for_them_outlive_the_leader() {
     let (first, second) = (first.await.unwrap(), second.await.unwrap());
     assert_eq!((first.code, &*first.stdout), (0, "first\n"), "{first:?}");
     assert_eq!((second.code, &*second.stdout), (0, "second\n"), "{second:?}");
+}
+
+/// Waits until so many are in line.
+async fn in_line(locks: &Locks, count: u32) {
+    eventually("they are in line", async || match locks.get("job", 1).await {
+        Ok(found) if found.value.waiter_count == count => Ok(()),
+        Err(Error::NotFound { .. }) if count == 0 => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_hundred_who_wait_keep_their_places_when_the_leader_is_killed() {
+    let count = u32::try_from(size("QUORATE_TEST_WAITERS", 100)).unwrap();
+    let mut cluster = Cluster::start("line").await;
+    let client = cluster.client_within(Duration::from_secs(30));
+    let (leases, locks) = (client.leases(), client.locks());
+    let options = || LeaseOptions::new().ttl(Duration::from_secs(60));
+    let first = leases.grant(options()).await.unwrap();
+    let held = locks.lock("job").acquire(&first).await.unwrap();
+    let mut waiting = JoinSet::new();
+    for place in 0..count {
+        // Each through another node, and so with a connection that is cut or not.
+        let number = u64::from(place) % 3 + 1;
+        let through = [cluster.address(number), cluster.address(number % 3 + 1)];
+        let builder = quorate::client::Client::builder().endpoints(through);
+        let client = builder.timeout(Duration::from_secs(30)).build().unwrap();
+        waiting.spawn(async move {
+            let lease = client.leases().grant(options()).await.unwrap();
+            let request = client.locks().lock("job").wait(Duration::from_secs(300));
+            let guard = request.acquire(&lease).await.unwrap();
+            let token = guard.token();
+            guard.release().await.unwrap();
+            (place, token)
+        });
+        in_line(&locks, place + 1).await;
+    }
+    let leader = cluster.leader().await;
+    cluster.kill(leader);
+    cluster.leader_other_than(leader).await;
+    in_line(&locks, count).await;
+    let mut last = held.token();
+    held.release().await.unwrap();
+    let mut served = waiting.join_all().await;
+    served.sort_unstable();
+    for (place, token) in served {
+        assert!(token > last, "place {place} was served by token {token}, after {last}");
+        last = token;
+    }
+    in_line(&locks, 0).await;
 }

@@ -20,6 +20,7 @@ mod formation;
 mod freshness;
 mod keeper;
 mod kills;
+mod lease;
 mod load;
 mod lock;
 mod majority;
