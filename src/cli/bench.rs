@@ -15,6 +15,7 @@ use tokio::time::Instant;
 
 use super::Common;
 use super::argument;
+use super::bench_expiry;
 use super::bench_lease;
 use super::contender;
 use super::failure::Failure;
@@ -36,7 +37,8 @@ const TICK: Duration = Duration::from_millis(200);
     mixed is 75 % get, 20 % update and 5 % touch. Sessions that create leaves behind expire \
     after five minutes. lock takes and releases a lock of each caller's own, handover one that all \
     of them wait for: its rate is that of hand-overs. renew keeps --leases alive and counts \
-    renewals and losses.")]
+    renewals and losses. expire compares updates for --duration without, and then with so many \
+    leases that end.")]
 pub(crate) struct BenchArguments {
     /// What the callers do
     #[arg(long, value_enum, default_value_t = Work::Update)]
@@ -57,7 +59,7 @@ pub(crate) struct BenchArguments {
     /// How many sessions the callers choose from
     #[arg(long, default_value_t = 10_000, value_name = "NUMBER", value_parser = positive)]
     sessions: usize,
-    /// How many leases renew keeps alive
+    /// How many leases renew keeps alive, or expire lets end
     #[arg(long, default_value_t = 1_000, value_name = "NUMBER", value_parser = positive)]
     leases: usize,
     /// The time to live of those leases
@@ -89,6 +91,8 @@ pub(crate) enum Work {
     Handover,
     /// Keep leases alive
     Renew,
+    /// Update sessions while leases end, all at the same time
+    Expire,
 }
 
 impl Work {
@@ -101,6 +105,7 @@ impl Work {
             Self::Lock => "lock",
             Self::Handover => "handover",
             Self::Renew => "renew",
+            Self::Expire => "expire",
         }
     }
 
@@ -139,6 +144,11 @@ pub(crate) async fn run(arguments: BenchArguments, common: &Common) -> Result<()
         Vec::new()
     };
     let load = Load::start(&client, arguments.work, population, arguments.clients, &contenders)?;
+    if arguments.work == Work::Expire {
+        tokio::time::sleep(WARM_UP).await;
+        let BenchArguments { leases, ttl, duration, .. } = arguments;
+        return bench_expiry::run(&client, load, leases, ttl, duration, common).await;
+    }
     let elapsed = measure(&load, &arguments).await;
     let tally = load.finish().await;
     contender::end(contenders).await;
@@ -278,16 +288,16 @@ fn report(
 }
 
 /// Latencies in microseconds.
-struct Quantiles {
-    p50: u64,
+pub(crate) struct Quantiles {
+    pub(crate) p50: u64,
     p90: u64,
-    p99: u64,
+    pub(crate) p99: u64,
     p999: u64,
-    max: u64,
+    pub(crate) max: u64,
 }
 
 impl Quantiles {
-    fn of(nanos: &Histogram<u64>) -> Self {
+    pub(crate) fn of(nanos: &Histogram<u64>) -> Self {
         let micros = |nanos: u64| (nanos + 500) / 1_000;
         let at = |quantile| micros(nanos.value_at_quantile(quantile));
         Self {
@@ -309,7 +319,7 @@ impl Quantiles {
         ]
     }
 
-    fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         let named = self.named().into_iter();
         Value::Object(named.map(|(name, value)| (name.to_owned(), value.into())).collect())
     }

@@ -202,6 +202,11 @@ impl Load {
     /// Ends the callers, with whatever they have under way, and hands over what was measured.
     pub(crate) async fn finish(mut self) -> Tally {
         self.callers.shutdown().await;
+        self.take()
+    }
+
+    /// Hands over what was measured since the last time.
+    pub(crate) fn take(&self) -> Tally {
         let mut tally = self.shared.lock();
         let latencies = Histogram::new_from(&tally.latencies);
         Tally {
@@ -265,7 +270,7 @@ impl Caller {
                 let id = self.pick()?;
                 self.sessions.get(id).await.map(drop)
             }
-            (Work::Update, _) | (Work::Mixed, 5..) => {
+            (Work::Update | Work::Expire, _) | (Work::Mixed, 5..) => {
                 let id = self.pick()?;
                 let update = Update::new().set(ATTRIBUTE, self.population.value(random >> 32));
                 self.sessions.update(id, update).await.map(drop)

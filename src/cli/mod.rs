@@ -5,6 +5,7 @@
 
 mod argument;
 mod bench;
+mod bench_expiry;
 mod bench_lease;
 mod cluster;
 mod contender;
@@ -220,6 +221,7 @@ mod tests {
             "quorate bench --work lock --clients 64",
             "quorate bench --work handover --clients 64",
             "quorate bench --work renew --leases 25000 --ttl 20s --timeline",
+            "quorate bench --work expire --leases 100000 --clients 64",
         ] {
             if let Err(error) = parse(line) {
                 panic!("{line}\n{error}");
