@@ -423,8 +423,15 @@ impl Acquire {
             };
             let waited = start.elapsed() >= self.wait && !self.wait.is_zero();
             match error {
-                // Its claim is not there and cannot come any more: the first sending was lost, and
-                // no node took another before it expired. Asking anew loses no place in the line.
+                // Its claim is not there and cannot come any more: no node took it in time, or
+                // what it had has ended unheard. Asking anew loses no place in the line.
+                Error::Refused { reason, .. }
+                    if reason == "ACQUIRE_ENDED" && start.elapsed() < self.wait =>
+                {
+                    claim.settle();
+                    tokio::time::sleep(ANEW_PAUSE).await;
+                    left = self.wait.saturating_sub(start.elapsed());
+                }
                 Error::DeadlineExceeded { .. } | Error::OutcomeUnknown { .. }
                     if start.elapsed() < self.wait =>
                 {

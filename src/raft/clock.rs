@@ -8,8 +8,12 @@
 //! - A follower's estimate is what its leader said last, plus its own time since. It is set anew
 //!   with each message, up or down, so that the drift of its own oscillator, or a leader that
 //!   slews, never adds up to a leap at the next failover.
-//! - It never falls below the floor: the highest stamp found in the log or heard from any leader.
-//! - While leading, a node takes nobody's word: others only echo what it said, later.
+//! - It never falls below the floor: the highest stamp found in the log or heard from a leader of
+//!   the latest term that the node knows. A leader that was cut off goes on believing that it
+//!   leads, and its time, slewed towards another wall clock, drifts from the cluster's.
+//! - While leading, a node takes nobody's word: others only echo what it said, later. Nor does one
+//!   that is `synced` take that of anybody but its leader: whatever was acted on is in the log of
+//!   whoever gets elected.
 //! - Towards the wall clock time slews by at most one percent of the time that passes.
 //! - Time leaps only on a leader that is not `synced`: one that, since its start, has heard from
 //!   nobody who knew the time. Its electors were all freshly started then, so a majority had lost
@@ -116,12 +120,17 @@ impl ClusterClock {
     }
 
     /// Takes note of what a peer said that does not lead, or not that we know: its estimate may
-    /// only raise ours.
+    /// only raise ours, and only before we know the time.
     pub(crate) fn observe(&self, node: u64, heard: Option<&peer::Clock>) {
-        self.hear(node, heard, Inner::raise);
+        self.hear(node, heard, |inner, stamp| {
+            if !inner.synced {
+                inner.raise(stamp);
+            }
+        });
     }
 
-    /// Takes note of what a leader said: its time is the cluster's.
+    /// Takes note of what a leader said, whose term is not over as far as this node knows: its
+    /// time is the cluster's.
     pub(crate) fn follow(&self, node: u64, heard: Option<&peer::Clock>) {
         self.hear(node, heard, Inner::follow);
         let at = self.monotonic();
@@ -360,6 +369,31 @@ mod tests {
         assert_eq!(leap, Some(Duration::from_millis(HOUR)));
         let now = first.now();
         assert_eq!(now, Stamp { time: Timestamp(START + HOUR), steady: Timestamp(START) });
+    }
+
+    #[test]
+    fn a_leader_that_was_cut_off_does_not_carry_its_drift_to_the_next() {
+        let (old_time, old) = node(START, START);
+        let (new_time, new) = node(START, START);
+        let (time, follower) = node(START, START);
+        old.begin_leading(3);
+        new.follow(1, Some(&old.announce()));
+        new.begin_leading(3);
+        old_time.step_wall(HOUR as i64);
+        new_time.step_wall(-(HOUR as i64));
+        for _ in 0..600 {
+            for clock in [&old_time, &new_time, &time] {
+                clock.pass(100);
+            }
+            old.now();
+            follower.follow(2, Some(&new.announce()));
+        }
+        let apart = old.now().steady.since(new.now().steady);
+        assert!(apart > Duration::from_millis(1_000), "{apart:?}");
+        // The next to lead asks the old one for its vote.
+        follower.observe(1, Some(&old.announce()));
+        follower.begin_leading(3);
+        assert!(follower.now().steady <= new.now().steady);
     }
 
     #[test]

@@ -100,6 +100,8 @@ pub(crate) struct LogStore {
 /// What openraft asks back.
 struct Shared {
     vote: Option<Vote>,
+    /// That of the vote that is on its way to disk, or of the last one.
+    promised_term: u64,
     committed: Option<LogId>,
     purged: Option<LogId>,
     last: Option<LogId>,
@@ -118,10 +120,12 @@ impl LogStore {
                 .map(convert::vote_decode)
                 .transpose()
                 .map_err(invalid)?,
+            promised_term: 0,
             committed: decode(&recovered.committed)?,
             purged: decode(&purged)?,
             last: None,
         };
+        shared.promised_term = shared.vote.map_or(0, |vote| vote.leader_id.term);
         shared.last = shared.purged;
         if let Some(last) = wal.last_index() {
             let record = read_one(&wal, last)?;
@@ -145,6 +149,12 @@ impl LogStore {
 
     pub(crate) fn vote(&self) -> Option<Vote> {
         self.lock().vote
+    }
+
+    /// The latest term that this node has voted in, or is about to: the leader of any before it
+    /// is followed no more.
+    pub(crate) fn promised_term(&self) -> u64 {
+        self.lock().promised_term
     }
 
     fn lock(&self) -> MutexGuard<'_, Shared> {
@@ -239,6 +249,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
+        self.lock().promised_term = vote.leader_id.term;
         let (done, saved) = tokio::sync::oneshot::channel();
         self.wal
             .save_vote(convert::vote_encode(vote), Box::new(move |result| drop(done.send(result))));

@@ -39,7 +39,8 @@ pub(crate) struct PeerServer {
 /// Who sends a message of its kind.
 #[derive(Clone, Copy)]
 enum Sender {
-    Leader,
+    /// The leader of this term, which may be over.
+    Leader(u64),
     Anybody,
 }
 
@@ -60,11 +61,23 @@ impl PeerServer {
         let header = header.ok_or_else(|| Status::invalid_argument("header is missing"))?;
         replica.check_header(header).map_err(Status::failed_precondition)?;
         match sender {
-            Sender::Leader => replica.clock.follow(header.from_node, header.clock.as_ref()),
+            Sender::Leader(term) => hear(&replica, header.from_node, term, header.clock.as_ref()),
             Sender::Anybody => replica.clock.observe(header.from_node, header.clock.as_ref()),
         }
         Ok(replica)
     }
+}
+
+/// Takes a leader's word for the time, unless this node has voted in a later term.
+fn hear(replica: &Replica, from: u64, term: u64, clock: Option<&peer::Clock>) {
+    if term >= replica.log.promised_term() {
+        replica.clock.follow(from, clock);
+    }
+}
+
+/// The term of a leader's message; zero, which is over, for one that is not valid.
+fn term_of(vote: Option<&peer::VoteState>) -> u64 {
+    vote.map_or(0, |vote| vote.term)
 }
 
 fn append_request(rpc: peer::AppendRequest) -> Result<AppendEntriesRequest<TypeConfig>, Status> {
@@ -124,7 +137,8 @@ impl PeerService for PeerServer {
         request: Request<peer::HeartbeatRequest>,
     ) -> Reply<peer::HeartbeatResponse> {
         let request = request.into_inner();
-        let replica = self.meant(request.header.as_ref(), Sender::Leader)?;
+        let sender = Sender::Leader(term_of(request.vote.as_ref()));
+        let replica = self.meant(request.header.as_ref(), sender)?;
         let prev_log_id: Option<LogId> = request.prev_log_id.map(log_id_in);
         let rpc = AppendEntriesRequest {
             vote: vote_in(request.vote).map_err(invalid)?,
@@ -162,16 +176,18 @@ impl PeerService for PeerServer {
             .message()
             .await?
             .ok_or_else(|| Status::invalid_argument("an append stream without a request"))?;
-        let replica = self.meant(first.header.as_ref(), Sender::Leader)?;
+        let sender = Sender::Leader(term_of(first.vote.as_ref()));
+        let replica = self.meant(first.header.as_ref(), sender)?;
         let from = first.header.as_ref().map_or(0, |header| header.from_node);
         let first = append_request(first)?;
-        let clock = replica.clock.clone();
+        let hearing = replica.clone();
         // A request that cannot be read ends the stream; the leader opens another.
         let rest = stream::unfold(requests, move |mut requests| {
-            let clock = clock.clone();
+            let replica = hearing.clone();
             async move {
                 let request = requests.message().await.ok()??;
-                clock.follow(from, request.clock.as_ref());
+                let term = term_of(request.vote.as_ref());
+                hear(&replica, from, term, request.clock.as_ref());
                 Some((append_request(request).ok()?, requests))
             }
         });
@@ -192,7 +208,8 @@ impl PeerService for PeerServer {
             .message()
             .await?
             .ok_or_else(|| Status::invalid_argument("a snapshot without a header"))?;
-        let replica = self.meant(first.header.as_ref(), Sender::Leader)?;
+        let sender = Sender::Leader(term_of(first.vote.as_ref()));
+        let replica = self.meant(first.header.as_ref(), sender)?;
         let vote = vote_in(first.vote).map_err(invalid)?;
         let directory = replica.snapshots.clone();
         let (data, mut inbox) = mpsc::channel::<bytes::Bytes>(8);

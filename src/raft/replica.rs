@@ -59,7 +59,7 @@ pub(crate) struct Replica {
     pub(crate) snapshots: PathBuf,
     pub(crate) wal: Wal,
     pub(crate) checkpointer: Checkpointer,
-    log: LogStore,
+    pub(crate) log: LogStore,
     durable: Arc<Durable>,
     /// The members at the time of formation, for as long as the log says nothing.
     founders: BTreeMap<u64, Member>,

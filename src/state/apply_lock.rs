@@ -41,12 +41,16 @@ impl State {
         if let Some(reply) = self.replay_acquire(lock, &lease_key, request, step) {
             return Ok(reply);
         }
-        request.check(self.clock.time)?;
+        let alive = alive.ok_or(Rejection::LeaseNotFound)?;
+        match request.check(self.clock.time) {
+            // Its claim is not there, and no sending of it can make one any more.
+            Err(Rejection::RequestExpired) if resend => return Err(Rejection::AcquireEnded),
+            checked => checked?,
+        }
         // By what is remembered now: its own claim may just have timed out.
         if self.judge_by_lease(&lease_key, request, resend)?.is_some() {
             return Err(Rejection::AcquireEnded);
         }
-        let alive = alive.ok_or(Rejection::LeaseNotFound)?;
         alive.facts().voids.check(request)?;
 
         self.settle(lock, step);

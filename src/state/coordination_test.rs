@@ -489,7 +489,9 @@ impl World {
                         match rejection {
                             Rejection::RequestExpired => assert!(is_late(request)),
                             Rejection::LeaseNotFound => assert!(!was_alive.contains(lease)),
-                            Rejection::AcquireEnded => assert!(was_made || is_cancelled),
+                            Rejection::AcquireEnded => {
+                                assert!(was_made || is_cancelled || resend && is_late(request));
+                            }
                             Rejection::LockHeld if claims_before <= HOLDERS_MET_MAX => {
                                 assert_eq!(expected, Some(Ok(false)), "{mode:?}");
                             }
