@@ -94,6 +94,9 @@ pub const PROPOSALS_PENDING_MAX: usize = 65_536;
 pub const PROPOSAL_BYTES_PENDING_MAX: usize = 128 * 1024 * 1024;
 /// Requests under way on one pipeline before the server stops reading from it.
 pub const PIPELINE_IN_FLIGHT_MAX: usize = 4_096;
+/// Bytes of answers that one pipeline's client has not read yet before the server stops reading
+/// from it; at twice as much, answers to reads are refused instead of kept.
+pub const PIPELINE_ANSWER_BYTES_MAX: usize = 32 * 1024 * 1024;
 /// Reads that wait for barriers on one node before it refuses more.
 pub const READS_PENDING_MAX: usize = 65_536;
 /// KeepAlive messages under way on one stream before the server stops reading from it; each may

@@ -260,7 +260,10 @@ async fn renew(client: Client, leases: Vec<Arc<Held>>) {
 
 /// One message, for as long as it can be of use: its leases are lost after that.
 async fn exchange(client: &Client, leases: &[Arc<Held>]) -> Result<Vec<Renewal>, Error> {
-    let left = leases.iter().map(|held| held.liveness.remaining()).min().unwrap_or_default();
+    let remaining = || leases.iter().map(|held| held.liveness.remaining());
+    // One that is as good as lost does not make the others give up early.
+    let longest = remaining().max().unwrap_or_default();
+    let left = remaining().filter(|left| *left >= longest / 4).min().unwrap_or_default();
     let total = left.max(PATIENCE_MIN);
     let patience = Patience {
         total,

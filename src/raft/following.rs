@@ -208,7 +208,7 @@ impl Following {
                 for ticket in tickets.clone() {
                     let follower = registry.followers.get_mut(&ticket);
                     match follower {
-                        Some(Follower { waiting: Some(_), .. }) => {
+                        Some(Follower { waiting: Some(waiting), .. }) if waiting.order == order => {
                             registry.end(ticket, end, calls);
                         }
                         Some(follower) => follower.noted = Some((order, end)),

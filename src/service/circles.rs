@@ -102,11 +102,14 @@ impl Circles {
     /// Calls `done` with the circle of `view`, or of a later state of the ring: at once if it is
     /// there, and otherwise on the thread that has built it.
     pub(super) fn of(self: &Arc<Self>, key: RingKey, view: RingView, done: Waiter) {
-        let view = Arc::new(view);
         let mut kept = self.lock();
         kept.uses += 1;
         let uses = kept.uses;
         let place = kept.places.entry(key.clone()).or_default();
+        // Many wait for one build, and mostly with the same ring: they share it.
+        let last = place.waiting.last().map(|(last, _)| last);
+        let same = last.filter(|last| age(last) == age(&view)).cloned();
+        let view = same.unwrap_or_else(|| Arc::new(view));
         place.used = uses;
         if let Some(ready) = place.ready.clone().filter(|it| age(&it.view) >= age(&view)) {
             drop(kept);

@@ -147,6 +147,16 @@ impl Error {
         Self::full(what, limit)
     }
 
+    /// The client has not read its earlier answers.
+    pub fn unread_answers() -> Self {
+        Self::new(
+            ErrorKind::ResourceExhausted,
+            "OVERLOADED",
+            "too many answers on this pipeline have not been read yet; read them, then ask again",
+        )
+        .retry_after(Duration::from_millis(100))
+    }
+
     fn not_initialized() -> Self {
         Self::new(ErrorKind::Unavailable, "NOT_INITIALIZED", "this node belongs to no cluster yet")
             .retry_after(Duration::from_millis(500))

@@ -85,7 +85,9 @@ impl State {
         let is_full = |state: &Self| {
             state.records.ring(ring).is_some_and(|place| place.members.len() >= RING_MEMBERS_MAX)
         };
-        if is_full(self) {
+        let is_settled = coordination.is_none_or(|it| it.is_settled(self.clock.steady));
+        // Members cannot be over while no lease is, so a full ring is refused without a look at it.
+        if !is_settled && is_full(self) {
             let place = self.records.ring(ring).expect("it is full");
             let names: Vec<_> = place.members.keys().cloned().collect();
             for name in names {

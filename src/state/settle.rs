@@ -24,10 +24,6 @@ use super::retry::Requests;
 use super::ring::{Member, MemberKey, Ring, RingKey};
 use crate::limits::EXPIRE_BATCH_MAX;
 
-/// Most holders of one lock that a command looks at to find one that is lost. An exclusive lock has
-/// one. Of many that share, those behind are found by the Tick that their leases call for.
-const HOLDERS_MET_MAX: usize = 8;
-
 /// One call of `apply` at work.
 ///
 /// - It ends or grants at most `EXPIRE_BATCH_MAX` records beside what its command is about.
@@ -237,14 +233,24 @@ impl State {
         (!claim.lock_delay.is_zero()).then(|| claim.with_state(key, state))
     }
 
+    /// Whether any lease or claim may be over that has not been ended yet. A Tick is on its way
+    /// then, so that what costs more because of it does not do so for long.
+    fn has_steady_due(&self) -> bool {
+        let next = self.records.next_steady_deadline();
+        self.records.has_backlog() || next.is_some_and(|next| next <= self.clock.steady)
+    }
+
     /// Makes room for a claim on `lock` as far as there is any: ends holders that are lost, and
     /// grants or ends who waits.
     pub(super) fn settle(&mut self, lock: &LockKey, step: &mut Step<'_>) {
-        let Some(place) = self.records.lock(lock) else { return };
-        let met: Vec<_> = place.takers().take(HOLDERS_MET_MAX).map(|(order, _)| order).collect();
-        for order in met {
-            let key = ClaimKey { lock: lock.clone(), order };
-            self.end_met(&key, step);
+        if self.has_steady_due() {
+            let Some(place) = self.records.lock(lock) else { return };
+            let met: Vec<_> =
+                place.takers().take(EXPIRE_BATCH_MAX).map(|(order, _)| order).collect();
+            for order in met {
+                let key = ClaimKey { lock: lock.clone(), order };
+                self.end_met(&key, step);
+            }
         }
         self.grant_waiters(lock, step);
     }

@@ -2,8 +2,10 @@
 //!
 //! One task reads; each request goes straight into the service with a callback that puts the
 //! answer into the stream's outbox. A request is under way until its answer has left the outbox
-//! for the transport; at the limit nothing more is read, and the client's sends are stopped by flow
-//! control, so that a client that does not read its answers cannot make the node hold many.
+//! for the transport; at the limit, of their number or of the bytes in the outbox, nothing more is
+//! read, and the client's sends are stopped by flow control. What was under way by then may still
+//! be answered by a megabyte each, so beyond twice those bytes reads are refused: a client that does
+//! not read its answers cannot make the node hold much.
 //!
 //! An Acquire that waits for its lock is counted apart until it is answered, and beyond a limit of
 //! its own it is refused. Were it under way, enough of them would keep the node from reading the
@@ -15,6 +17,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
+use prost::Message as _;
 use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -31,7 +34,7 @@ use super::convert::{
     update_in, updated_out,
 };
 use super::status::{empty_request, pipeline_error};
-use crate::limits::{PIPELINE_IN_FLIGHT_MAX, PIPELINE_WAITING_MAX};
+use crate::limits::{PIPELINE_ANSWER_BYTES_MAX, PIPELINE_IN_FLIGHT_MAX, PIPELINE_WAITING_MAX};
 use crate::proto::v1;
 use crate::proto::v1::pipeline_request::Request as Asked;
 use crate::proto::v1::pipeline_response::Response as Answer;
@@ -50,7 +53,8 @@ impl Pipelines {
     }
 }
 
-type Outbox = mpsc::UnboundedSender<Result<v1::PipelineResponse, Status>>;
+/// Answers, each with the bytes that it counts for.
+type Outbox = mpsc::UnboundedSender<(v1::PipelineResponse, usize)>;
 
 /// The way of answers into one stream.
 struct Flow {
@@ -63,6 +67,8 @@ struct Room {
     under_way: AtomicUsize,
     /// Acquires that wait, which are not under way.
     waiting: AtomicUsize,
+    /// Bytes of the answers in the outbox.
+    bytes: AtomicUsize,
     made: Notify,
 }
 
@@ -71,16 +77,21 @@ impl Room {
         Self {
             under_way: AtomicUsize::new(under_way),
             waiting: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
             made: Notify::new(),
         }
     }
 
     fn is_full(&self) -> bool {
         self.under_way.load(Ordering::Acquire) >= PIPELINE_IN_FLIGHT_MAX
+            || self.bytes.load(Ordering::Acquire) >= PIPELINE_ANSWER_BYTES_MAX
     }
 
-    fn left(&self) {
-        if self.under_way.fetch_sub(1, Ordering::AcqRel) == PIPELINE_IN_FLIGHT_MAX {
+    fn left(&self, bytes: usize) {
+        let was_full = self.under_way.fetch_sub(1, Ordering::AcqRel) == PIPELINE_IN_FLIGHT_MAX;
+        let before = self.bytes.fetch_sub(bytes, Ordering::AcqRel);
+        let most = PIPELINE_ANSWER_BYTES_MAX;
+        if was_full || (before >= most && before - bytes < most) {
             self.made.notify_one();
         }
     }
@@ -91,7 +102,7 @@ impl Room {
             self.waiting.fetch_sub(1, Ordering::AcqRel);
             return false;
         }
-        self.left();
+        self.left(0);
         true
     }
 
@@ -104,10 +115,33 @@ impl Room {
 
 impl Flow {
     fn answer(&self, correlation_id: u64, result: Result<Answer, Error>) {
-        let response = result.unwrap_or_else(|error| Answer::Error(pipeline_error(error)));
+        let refused = |error| Answer::Error(pipeline_error(error));
+        let mut response = result.unwrap_or_else(refused);
+        let mut bytes = found_bytes(&response);
+        let before = self.room.bytes.fetch_add(bytes, Ordering::AcqRel);
+        if bytes > 0 && before >= 2 * PIPELINE_ANSWER_BYTES_MAX {
+            self.room.bytes.fetch_sub(bytes, Ordering::AcqRel);
+            (response, bytes) = (refused(Error::unread_answers()), 0);
+        }
         let response = Some(response);
         // A client that has gone away does not want the answer.
-        let _ = self.outbox.send(Ok(v1::PipelineResponse { correlation_id, response }));
+        let _ = self.outbox.send((v1::PipelineResponse { correlation_id, response }, bytes));
+    }
+}
+
+/// What an answer counts for: its bytes, if it is to a read, as those to writes are small.
+fn found_bytes(answer: &Answer) -> usize {
+    match answer {
+        Answer::GetSession(found) => found.encoded_len(),
+        Answer::BatchGetSessions(found) => found.encoded_len(),
+        Answer::ListSessions(found) => found.encoded_len(),
+        Answer::GetLease(found) => found.encoded_len(),
+        Answer::ListLeases(found) => found.encoded_len(),
+        Answer::GetLock(found) => found.encoded_len(),
+        Answer::ListLocks(found) => found.encoded_len(),
+        Answer::GetRing(found) => found.encoded_len(),
+        Answer::LocateKeys(found) => found.encoded_len(),
+        _ => 0,
     }
 }
 
@@ -124,12 +158,15 @@ impl PipelineService for Pipelines {
         let hello = Some(Answer::Hello(describe(&self.use_cases.cluster)));
         let hello = v1::PipelineResponse { correlation_id: 0, response: hello };
         // The receiver is held right here.
-        let _ = outbox.send(Ok(hello));
+        let _ = outbox.send((hello, 0));
         // The hello counts as well, as it leaves like an answer.
         let room = Arc::new(Room::holding(1));
         let flow = Arc::new(Flow { outbox, room: room.clone() });
         tokio::spawn(read(self.use_cases.clone(), requests, flow, self.draining.clone()));
-        let outbound = UnboundedReceiverStream::new(outbound).inspect(move |_| room.left());
+        let outbound = UnboundedReceiverStream::new(outbound).map(move |(answer, bytes)| {
+            room.left(bytes);
+            Ok(answer)
+        });
         Ok(Response::new(outbound.boxed()))
     }
 }
@@ -388,4 +425,45 @@ fn serve_ring(
         _ => return Err(empty_request()),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_client_that_does_not_read_is_not_kept_much_for() {
+        let (outbox, mut inbox) = mpsc::unbounded_channel();
+        let flow = Flow { outbox, room: Arc::new(Room::holding(0)) };
+        let found = || {
+            let attribute = ("a".to_owned(), vec![0; 1024 * 1024].into());
+            let session = v1::Session { attributes: [attribute].into(), ..v1::Session::default() };
+            Ok(Answer::GetSession(v1::GetSessionResponse { revision: 1, session: Some(session) }))
+        };
+        let most = PIPELINE_ANSWER_BYTES_MAX / (1024 * 1024);
+        for number in 0..2 * most {
+            assert_eq!(flow.room.is_full(), number >= most, "after {number}");
+            flow.room.under_way.fetch_add(1, Ordering::AcqRel);
+            flow.answer(number as u64, found());
+        }
+        flow.room.under_way.fetch_add(2, Ordering::AcqRel);
+        flow.answer(1_000, found());
+        let done = v1::ReleaseLockResponse { revision: 7 };
+        flow.answer(1_001, Ok(Answer::ReleaseLock(done)));
+        let mut answers = Vec::new();
+        while let Ok((answer, bytes)) = inbox.try_recv() {
+            flow.room.left(bytes);
+            answers.push(answer);
+        }
+        assert_eq!(answers.len(), 2 * most + 2);
+        let found =
+            |answer: &&v1::PipelineResponse| matches!(answer.response, Some(Answer::GetSession(_)));
+        assert_eq!(answers.iter().filter(found).count(), 2 * most);
+        let Some(Answer::Error(error)) = &answers[2 * most].response else { panic!() };
+        assert!(error.message.contains("have not been read"), "{error:?}");
+        assert_eq!(answers[2 * most + 1].response, Some(Answer::ReleaseLock(done)));
+        assert!(!flow.room.is_full());
+        assert_eq!(flow.room.bytes.load(Ordering::Acquire), 0);
+        assert_eq!(flow.room.under_way.load(Ordering::Acquire), 0);
+    }
 }

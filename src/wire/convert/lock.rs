@@ -116,7 +116,7 @@ fn holder_out(view: &ClaimView, now: Timestamp) -> v1::LockHolder {
     };
     let lease = view.lease.as_deref();
     v1::LockHolder {
-        lease_id: view.claim.lease.to_string(),
+        lease_id: lease.map(|_| view.claim.lease.to_string()).unwrap_or_default(),
         request_id: view.claim.request.id,
         owner: lease.map(|lease| lease.owner().to_owned()).unwrap_or_default(),
         mode: Some(mode_out(view.claim.mode)),
