@@ -71,10 +71,7 @@ impl State {
         if self.records.lease_tombstone(key).is_some() || self.is_orphaned(key) {
             return Err(Rejection::LeaseIdRetired);
         }
-        let coordination = self.records.coordination(&key.namespace);
-        if coordination.is_some_and(|it| it.leases_count() >= LEASES_MAX) {
-            return Err(Rejection::TooManyLeases(LEASES_MAX as u64));
-        }
+        self.check_lease_room(&key.namespace, step)?;
         self.raise_anew(step);
         let facts = LeaseFacts {
             granted_time: self.clock.time,
@@ -88,6 +85,23 @@ impl State {
         let lease = Lease::new(key, ttl, deadline, &facts);
         self.put_lease(key, Some(lease), Cause::Granted, step.changes);
         Ok(Reply { revision: self.revision, outcome: Outcome::LeaseGranted { deadline } })
+    }
+
+    /// Refuses another lease of a namespace that has as many as it may. One that is over does not
+    /// count, and is removed if it is in the way.
+    fn check_lease_room(
+        &mut self,
+        namespace: &Namespace,
+        step: &mut Step<'_>,
+    ) -> Result<(), Rejection> {
+        let coordination = self.records.coordination(namespace);
+        let Some(full) = coordination.filter(|it| it.leases_count() >= LEASES_MAX) else {
+            return Ok(());
+        };
+        let due = full.first_due_lease(self.clock.steady);
+        let id = due.ok_or(Rejection::TooManyLeases(LEASES_MAX as u64))?;
+        self.expire_lease(&LeaseKey { namespace: namespace.clone(), id }, step);
+        Ok(())
     }
 
     /// All that are due end at one revision, and all others are renewed at the next.

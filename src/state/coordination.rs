@@ -235,6 +235,12 @@ impl Coordination {
         ties.map(|(_, ring, name)| (ring, name))
     }
 
+    /// The lease that was due first, if any is.
+    pub(super) fn first_due_lease(&self, steady: Timestamp) -> Option<LeaseId> {
+        let (deadline, id) = self.lease_deadlines.first()?;
+        (*deadline <= steady).then_some(*id)
+    }
+
     /// Whether nothing here can hang from a lease that has ended.
     pub(super) fn is_settled(&self, steady: Timestamp) -> bool {
         let first = self.lease_deadlines.first();

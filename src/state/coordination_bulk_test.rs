@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::limits::{CLAIMS_PER_LEASE_MAX, EXPIRE_BATCH_MAX, LEASE_RENEWALS_MAX};
+use crate::limits::{CLAIMS_PER_LEASE_MAX, EXPIRE_BATCH_MAX, LEASE_RENEWALS_MAX, LEASES_MAX};
 
 fn namespace() -> Namespace {
     Namespace("web".into())
@@ -70,6 +70,35 @@ fn tick_until_done(state: &mut State, mut between: impl FnMut(&mut State)) -> us
         assert!((1..=2 * EXPIRE_BATCH_MAX).contains(&changes.len()), "{}", changes.len());
     }
     steps
+}
+
+#[test]
+fn a_namespace_has_as_many_leases_as_it_may() {
+    const TTL: Duration = Duration::from_secs(20);
+    let mut state = State::new();
+    advance(&mut state, Duration::from_secs(1_000_000));
+    for number in 0..LEASES_MAX as u64 {
+        grant(&mut state, number, TTL);
+    }
+    let another = LEASES_MAX as u64;
+    let mut one_more = |state: &mut State| {
+        let request = request(state);
+        let key = lease_key(another);
+        let command = Command::GrantLease { request, key, owner: "".into(), ttl: TTL };
+        let mut changes = Vec::new();
+        (state.apply(&command, false, &mut changes).outcome, changes.len())
+    };
+    let refused = Outcome::Rejected(Rejection::TooManyLeases(LEASES_MAX as u64));
+    assert_eq!(one_more(&mut state), (refused.clone(), 0));
+    let revoke = Command::RevokeLease { request: request(&state), key: lease_key(0) };
+    assert_eq!(state.apply(&revoke, false, &mut Vec::new()).outcome, Outcome::Done);
+    grant(&mut state, another - 1 + 7, TTL);
+    assert_eq!(one_more(&mut state), (refused, 0));
+    // Those whose time is over are in nobody's way, and nobody waits for all of them to go.
+    advance(&mut state, TTL);
+    let (outcome, changes) = one_more(&mut state);
+    assert!(matches!(outcome, Outcome::LeaseGranted { .. }), "{outcome:?}");
+    assert_eq!(changes, 3, "one is removed, its tombstone put, another granted");
 }
 
 #[test]
