@@ -81,7 +81,7 @@ fn a_namespace_has_as_many_leases_as_it_may() {
         grant(&mut state, number, TTL);
     }
     let another = LEASES_MAX as u64;
-    let mut one_more = |state: &mut State| {
+    let one_more = |state: &mut State| {
         let request = request(state);
         let key = lease_key(another);
         let command = Command::GrantLease { request, key, owner: "".into(), ttl: TTL };
