@@ -10,7 +10,7 @@
 //! granted the lease with which it began; where that one is shut down, leases that another runtime
 //! uses are renewed again only once one more is granted there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -50,27 +50,29 @@ pub struct Renewals {
 }
 
 /// When a lease is renewed next.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Schedule {
     /// On the monotonic clock.
     due: Duration,
     /// From when on it goes with others that are due.
     ready: Duration,
-    under_way: bool,
     failures: u32,
 }
 
 impl Schedule {
+    /// That of a lease for which this was said about what was sent at `sent`.
     pub(super) fn new(sent: Duration, renew_after: Duration) -> Self {
-        let mut schedule = Self { due: sent, ready: sent, under_way: false, failures: 0 };
-        schedule.renewed(sent, renew_after);
-        schedule
+        let due = sent + renew_after;
+        let ready = due.saturating_sub(renew_after / TOGETHER_FRACTION);
+        Self { due, ready, failures: 0 }
     }
 
-    fn renewed(&mut self, sent: Duration, renew_after: Duration) {
-        self.due = sent + renew_after;
-        self.ready = self.due.saturating_sub(renew_after / TOGETHER_FRACTION);
-        self.failures = 0;
+    /// That after a message which failed just now.
+    fn again(self, id: LeaseId, now: Duration) -> Self {
+        let full = PAUSE_MIN.saturating_mul(1 << self.failures.min(10)).min(PAUSE_MAX);
+        let random = u32::try_from(mix(id.number() as u64) % 1_024).unwrap_or(0);
+        let due = now + full / 2 + full / 2 * random / 1_024;
+        Self { due, ready: due, failures: self.failures.saturating_add(1) }
     }
 }
 
@@ -86,31 +88,92 @@ pub(super) struct Keeper {
     lost: AtomicU64,
 }
 
+type Key = (LeaseId, Arc<str>);
+
+struct Kept {
+    held: Weak<Held>,
+    schedule: Schedule,
+    under_way: bool,
+}
+
+/// Nothing here costs more the more leases there are, but for the logarithm.
+///
+/// - What is not under way is in both queues, at the times of its schedule; nothing else is.
 #[derive(Default)]
 struct Registry {
-    leases: BTreeMap<(Arc<str>, LeaseId), Weak<Held>>,
+    leases: BTreeMap<Key, Kept>,
+    by_due: BTreeSet<(Duration, Key)>,
+    by_ready: BTreeSet<(Duration, Key)>,
     /// Whether the task is there.
     running: bool,
 }
 
+impl Registry {
+    fn enqueue(&mut self, key: &Key, schedule: Schedule) {
+        self.by_due.insert((schedule.due, key.clone()));
+        self.by_ready.insert((schedule.ready, key.clone()));
+    }
+
+    fn remove(&mut self, key: &Key) -> bool {
+        let Some(Kept { schedule, under_way, .. }) = self.leases.remove(key) else {
+            return false;
+        };
+        if !under_way {
+            self.by_due.remove(&(schedule.due, key.clone()));
+            self.by_ready.remove(&(schedule.ready, key.clone()));
+        }
+        true
+    }
+
+    /// The next that is ready, which is under way from now on. Its owner may have gone meanwhile.
+    fn take_ready(&mut self, now: Duration) -> Option<Option<Arc<Held>>> {
+        if self.by_ready.first().is_none_or(|(ready, _)| *ready > now) {
+            return None;
+        }
+        let (_, key) = self.by_ready.pop_first()?;
+        let Some(kept) = self.leases.get_mut(&key) else { return Some(None) };
+        kept.under_way = true;
+        let held = kept.held.upgrade();
+        self.by_due.remove(&(kept.schedule.due, key));
+        Some(held)
+    }
+
+    /// An answer has come, or none will: what was under way is due at another time.
+    fn schedule(&mut self, key: &Key, next: impl FnOnce(Schedule) -> Schedule) {
+        // Unless it was given up meanwhile.
+        let Some(kept) = self.leases.get_mut(key) else { return };
+        kept.under_way = false;
+        kept.schedule = next(kept.schedule);
+        let schedule = kept.schedule;
+        self.enqueue(key, schedule);
+    }
+}
+
 impl Keeper {
     /// Keeps `held` alive from now on.
-    pub(super) fn add(self: &Arc<Self>, client: &Client, held: &Arc<Held>) {
+    pub(super) fn add(self: &Arc<Self>, client: &Client, held: &Arc<Held>, schedule: Schedule) {
         let mut registry = self.lock();
-        registry.leases.insert(held.key(), Arc::downgrade(held));
+        let key = held.key();
+        registry.enqueue(&key, schedule);
+        let kept = Kept { held: Arc::downgrade(held), schedule, under_way: false };
+        registry.leases.insert(key, kept);
+        let is_first = registry.by_due.first().is_some_and(|(due, _)| *due == schedule.due);
         let start = !std::mem::replace(&mut registry.running, true);
         drop(registry);
         if start {
             let running = Running { keeper: self.clone(), has_ended: false };
             tokio::spawn(run(client.clone(), running));
-        } else {
+        } else if is_first {
             self.wake.notify_one();
         }
     }
 
     /// Leaves the lease to itself.
-    pub(super) fn remove(&self, key: &(Arc<str>, LeaseId)) {
-        if self.lock().leases.remove(key).is_some() {
+    pub(super) fn remove(&self, key: &Key) {
+        let mut registry = self.lock();
+        // The task ends with the last.
+        if registry.remove(key) && registry.leases.is_empty() {
+            drop(registry);
             self.wake.notify_one();
         }
     }
@@ -129,60 +192,52 @@ impl Keeper {
     /// there are no leases: then the task is taken for gone.
     fn due(&self, now: Duration) -> Option<(Vec<Vec<Arc<Held>>>, Duration)> {
         let mut registry = self.lock();
-        let leases: Vec<Arc<Held>> = registry.leases.values().filter_map(Weak::upgrade).collect();
-        let mut lost = Vec::new();
-        let mut next = CLOCK_CHECK;
-        let mut any_due = false;
-        for held in &leases {
+        registry.running = !registry.leases.is_empty();
+        if !registry.running {
+            return None;
+        }
+        let mut ready = Vec::new();
+        if registry.by_due.first().is_some_and(|(due, _)| *due <= now) {
+            while let Some(held) = registry.take_ready(now) {
+                ready.extend(held);
+            }
+        }
+        let next = registry.by_due.first().map_or(CLOCK_CHECK, |(due, _)| due.saturating_sub(now));
+        drop(registry);
+        // Out of the lock: letting go of the last handle removes a lease from the registry.
+        Some((self.gather(ready), next.min(CLOCK_CHECK)))
+    }
+
+    /// Messages of one namespace each.
+    fn gather(&self, ready: Vec<Arc<Held>>) -> Vec<Vec<Arc<Held>>> {
+        let mut messages = Vec::new();
+        let mut open: BTreeMap<Arc<str>, Vec<Arc<Held>>> = BTreeMap::new();
+        for held in ready {
             if held.liveness.loss().is_some() {
-                lost.push(held.key());
+                self.lose(&held);
                 continue;
             }
-            let schedule = held.schedule();
-            if !schedule.under_way {
-                any_due |= schedule.due <= now;
-                next = next.min(schedule.due.saturating_sub(now));
+            let message = open.entry(held.namespace().clone()).or_default();
+            message.push(held);
+            if message.len() == LEASE_RENEWALS_MAX {
+                messages.push(std::mem::take(message));
             }
         }
-        for key in &lost {
-            registry.leases.remove(key);
+        messages.extend(open.into_values().filter(|message| !message.is_empty()));
+        messages
+    }
+
+    /// Nothing keeps this one alive any more.
+    fn lose(&self, held: &Held) {
+        if self.lock().remove(&held.key()) {
+            self.lost.fetch_add(1, Ordering::Relaxed);
         }
-        registry.running = !registry.leases.is_empty();
-        let running = registry.running;
-        drop(registry);
-        // Out of the lock: letting go of the last one removes it from the registry.
-        self.lost.fetch_add(lost.len() as u64, Ordering::Relaxed);
-        let messages = if any_due { gather(&leases, now) } else { Vec::new() };
-        running.then_some((messages, next))
     }
 
     fn lock(&self) -> MutexGuard<'_, Registry> {
         // Nothing panics while it holds the lock.
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// All that are ready, in messages of one namespace each; they are under way from now on.
-fn gather(leases: &[Arc<Held>], now: Duration) -> Vec<Vec<Arc<Held>>> {
-    let mut messages: Vec<Vec<Arc<Held>>> = Vec::new();
-    for held in leases {
-        let mut schedule = held.schedule();
-        if schedule.under_way || schedule.ready > now || held.liveness.loss().is_some() {
-            continue;
-        }
-        schedule.under_way = true;
-        // They come in the order of their namespaces.
-        match messages.last_mut() {
-            Some(message)
-                if message.len() < LEASE_RENEWALS_MAX
-                    && message[0].namespace() == held.namespace() =>
-            {
-                message.push(held.clone());
-            }
-            _ => messages.push(vec![held.clone()]),
-        }
-    }
-    messages
 }
 
 /// Says that the task has gone, should it end otherwise than for want of leases.
@@ -236,22 +291,19 @@ async fn renew(client: Client, leases: Vec<Arc<Held>>) {
     };
     let now = clock.monotonic();
     for held in &leases {
-        let mut schedule = held.schedule();
-        schedule.under_way = false;
+        let key = held.key();
         match renewals.remove(&held.id) {
             Some(Renewal { timing: Some(timing), .. }) => {
                 held.liveness.extend(sent, timing.remaining.min(held.ttl));
-                schedule.renewed(sent, timing.renew_after);
+                keeper.lock().schedule(&key, |_| Schedule::new(sent, timing.renew_after));
                 keeper.renewed.fetch_add(1, Ordering::Relaxed);
             }
-            Some(Renewal { timing: None, .. }) => held.liveness.lose(Loss::Ended),
-            None => {
-                let full = PAUSE_MIN.saturating_mul(1 << schedule.failures.min(10)).min(PAUSE_MAX);
-                let random = u32::try_from(mix(held.id.number() as u64) % 1_024).unwrap_or(0);
-                schedule.failures = schedule.failures.saturating_add(1);
-                schedule.due = now + full / 2 + full / 2 * random / 1_024;
-                schedule.ready = schedule.due;
+            Some(Renewal { timing: None, .. }) => {
+                held.liveness.lose(Loss::Ended);
+                keeper.lose(held);
             }
+            None if held.liveness.loss().is_some() => keeper.lose(held),
+            None => keeper.lock().schedule(&key, |schedule| schedule.again(held.id, now)),
         }
     }
     drop(leases);

@@ -1,7 +1,7 @@
 //! Leases: promises that this client keeps alive, and the plain calls on them.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::runtime::Handle;
@@ -212,7 +212,6 @@ pub(super) struct Held {
     pub(super) liveness: Arc<Liveness>,
     /// Where it was granted: what happens in the background happens there.
     pub(super) runtime: Handle,
-    schedule: Mutex<Schedule>,
 }
 
 impl Held {
@@ -220,13 +219,9 @@ impl Held {
         &self.client.namespace
     }
 
-    pub(super) fn key(&self) -> (Arc<str>, LeaseId) {
-        (self.namespace().clone(), self.id)
-    }
-
-    pub(super) fn schedule(&self) -> MutexGuard<'_, Schedule> {
-        // Nothing panics while it holds the lock.
-        self.schedule.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The id first, as that is what tells leases apart at once.
+    pub(super) fn key(&self) -> (LeaseId, Arc<str>) {
+        (self.id, self.namespace().clone())
     }
 
     fn give_up(&self) {
@@ -280,13 +275,13 @@ impl Leases {
             ttl,
             liveness: Arc::new(Liveness::new(clock, sent, lifetime)),
             runtime: Handle::current(),
-            schedule: Mutex::new(Schedule::new(sent, timing.renew_after)),
         });
         if held.liveness.loss().is_some() {
             let message = format!("the lease was granted too late to be relied on for {ttl:?}");
             return Err(Error::LeaseLost { message });
         }
-        self.client.keeper.add(&self.client, &held);
+        let schedule = Schedule::new(sent, timing.renew_after);
+        self.client.keeper.add(&self.client, &held, schedule);
         Ok(Lease { held })
     }
 
