@@ -291,7 +291,7 @@ impl Contender {
         self.output.read_line(&mut line).await.unwrap();
         let Ok(token) = line.trim_end().parse() else {
             let (code, stderr) = self.ended().await;
-            let is_lost = code == Some(4) && stderr.contains("could not be renewed in time");
+            let is_lost = code == Some(75) && stderr.contains("could not be renewed in time");
             assert!(is_killed || is_lost, "{code:?}: {stderr}");
             contest.lost.fetch_add(u64::from(is_lost), Ordering::Relaxed);
             return None;
