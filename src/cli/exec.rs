@@ -1,8 +1,8 @@
 //! `quorate lock exec`: runs a command while holding a lock.
 //!
 //! The command is told to go when the lock is lost with its lease, which is before anybody else can
-//! have it, and killed if it does not; for as long as that takes a lock-delay keeps others out. That
-//! an operator has broken the lock is found out by asking, a few seconds late.
+//! have it, and killed if it does not; for as long as that takes a lock-delay keeps others out.
+//! That an operator has broken the lock is found out by asking, a few seconds late.
 //!
 //! In the foreground of a terminal the command shares this process's group, as with any command of
 //! a shell: the terminal's own signals reach all of it, and only the command itself is sent others.

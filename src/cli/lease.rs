@@ -150,7 +150,7 @@ async fn keep_alive(
             return Err(Failure::NotFound(message));
         };
         if once && ids.len() < count {
-            let message = format!("{} of {count} leases lost; grant new ones", count - ids.len());
+            let message = format!("{} of {count} lost; grant new ones", count - ids.len());
             return Err(Failure::NotFound(message));
         }
         if once {

@@ -27,16 +27,18 @@ pub(crate) enum LockCommand {
     #[command(after_help = "Example:\n  \
         quorate lock exec nightly --wait 10m -- pg_dump shop\n\n\
         The command finds the fencing token in QUORATE_FENCING_TOKEN and the lock's name in \
-        QUORATE_LOCK. When the lock is lost, or an operator breaks it, the command gets SIGTERM and \
-        a twentieth of --ttl later (at least 500ms, at most 5s) SIGKILL; --lock-delay keeps others \
-        out for as long, unless it is given. SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed on. In \
-        the foreground of a terminal only the command itself is signalled; elsewhere (standard \
-        input is no terminal, or in the background) the command gets a process group of its own, \
+        QUORATE_LOCK. When the lock is lost, or an operator breaks it, the command gets SIGTERM \
+        and a twentieth of --ttl later (at least 500ms, at most 5s) SIGKILL; others are kept out \
+        of the lock for as long, unless --lock-delay says otherwise. SIGINT, SIGTERM, SIGHUP and \
+        SIGQUIT are passed on. In the foreground of a terminal only the command itself is \
+        signalled; elsewhere (standard input is no terminal, or in the background) the command \
+        gets a process group of its own, \
         and what it has started is signalled with it.\n\n\
         Exit code: the command's own (128 and the signal's number if one ended it), 75 if the lock \
         was not obtained in time, 4 if it was lost while a command ran that then ended with 0, 126 \
-        or 127 if the command could not be run, 128 and the signal's number if a signal ended the \
-        wait for the lock. A second signal at the end does not wait for the lock to be given back.")]
+        or 127 if the command could not be run, 128 and the signal's number if a signal ended \
+        the wait for the lock. A second signal at the end does not wait for the lock to be given \
+        back.")]
     Exec(ExecArguments),
     /// Take a lock for a lease and print the fencing token
     #[command(after_help = "Example:\n  \

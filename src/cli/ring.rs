@@ -43,10 +43,7 @@ pub(crate) enum RingCommand {
 
 /// `quorate ring join`.
 #[derive(Args, Debug)]
-#[command(
-    override_usage = "quorate ring join [OPTIONS] <--lease <ID>|--ttl <TIME>> <RING> <MEMBER> \
-    [NAME=VALUE]..."
-)]
+#[command(group = clap::ArgGroup::new("hanging").required(true).args(["lease", "ttl"]))]
 pub(crate) struct JoinArguments {
     /// The ring's name
     ring: String,
@@ -54,7 +51,6 @@ pub(crate) struct JoinArguments {
     member: String,
     /// The lease that it is to hang from
     #[arg(long, value_name = "ID", value_parser = argument::lease_id)]
-    #[arg(required_unless_present = "ttl", conflicts_with = "ttl")]
     lease: Option<LeaseId>,
     /// Grant a lease of this time to live, 1s to 24h, and keep it alive until interrupted
     #[arg(long, value_name = "TIME", value_parser = argument::ttl)]

@@ -22,7 +22,7 @@ const HOLDERS_LISTED: u32 = 100;
 ///
 /// Whatever it protects outside the cluster should check [`Guard::is_lost`] late and demand
 /// [`Guard::token`]: between the check and the deed the machine may sleep. Caveat: a guard is not
-/// told of a lock that an operator breaks. [`Guard::verify`] finds out; a fence needs not to.
+/// told of a lock that an operator breaks. [`Guard::verify`] finds out; a fence does not have to.
 #[must_use = "the lock is given back when its guard is dropped"]
 pub struct Guard {
     held: Arc<Held>,

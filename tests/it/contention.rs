@@ -189,7 +189,8 @@ impl Contest {
         let (paused, killed) = (count(End::Paused), self.killed.load(Ordering::Relaxed));
         let lost = count(End::Lost) + self.lost.load(Ordering::Relaxed) as usize;
         println!(
-            "{} turns: {paused} paused, {killed} killed, {lost} lost by slowness; {unknown} unknown",
+            "{} turns: {paused} paused, {killed} killed, {lost} lost by slowness; \
+             {unknown} unknown",
             turns.len()
         );
         assert!(paused > 0 && killed > 0 && count(End::Released) > 0);
