@@ -1,13 +1,22 @@
 //! Arguments that are more than a word: timeouts, addresses, members, attributes, ids.
 
+use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::io::Read;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use super::failure::Failure;
+use super::output;
 use crate::client::{Handle, LeaseId, NewMember, Selector, SessionId, Timeout};
-use crate::limits::{ATTRIBUTE_VALUE_BYTES_MAX, NAME_BYTES_MAX, SESSION_ID_CHARS_MAX};
+use crate::limits::{
+    ATTRIBUTE_VALUE_BYTES_MAX, LEASE_TTL_MAX, LEASE_TTL_MIN, LOCK_DELAY_MAX, LOCK_PERMITS_MAX,
+    LOCK_WAIT_MAX, NAME_BYTES_MAX, PAGE_SIZE_MAX, RING_MEMBERS_MAX, RING_TAG_VALUE_BYTES_MAX,
+    RING_WEIGHT_MAX, SESSION_ID_CHARS_MAX,
+};
 
 /// A length such as `10s` or `1h30m`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
@@ -21,6 +30,74 @@ pub(crate) fn positive_duration(text: &str) -> Result<Duration, String> {
         length if length.is_zero() => Err("must be above zero".to_owned()),
         length => Ok(length),
     }
+}
+
+fn duration_within(text: &str, range: RangeInclusive<Duration>) -> Result<Duration, String> {
+    let length = duration(text)?;
+    if range.contains(&length) {
+        return Ok(length);
+    }
+    let (least, most) = (output::length(*range.start()), output::length(*range.end()));
+    Err(format!("it must be {least} to {most}"))
+}
+
+/// A lease's time to live.
+pub(crate) fn ttl(text: &str) -> Result<Duration, String> {
+    duration_within(text, LEASE_TTL_MIN..=LEASE_TTL_MAX)
+}
+
+/// How long to wait for a lock.
+pub(crate) fn wait(text: &str) -> Result<Duration, String> {
+    duration_within(text, Duration::ZERO..=LOCK_WAIT_MAX)
+}
+
+/// A lock-delay.
+pub(crate) fn lock_delay(text: &str) -> Result<Duration, String> {
+    duration_within(text, Duration::ZERO..=LOCK_DELAY_MAX)
+}
+
+fn number_within<T: FromStr + PartialOrd + Display + Copy>(
+    text: &str,
+    range: RangeInclusive<T>,
+) -> Result<T, String> {
+    let number = text.parse().ok().filter(|number| range.contains(number));
+    number.ok_or_else(|| format!("it must be a number from {} to {}", range.start(), range.end()))
+}
+
+/// How many permits a lock has, or how many of them to take.
+pub(crate) fn permits(text: &str) -> Result<u32, String> {
+    number_within(text, 1..=LOCK_PERMITS_MAX)
+}
+
+/// The weight of a member of a ring.
+pub(crate) fn weight(text: &str) -> Result<u32, String> {
+    number_within(text, 1..=RING_WEIGHT_MAX)
+}
+
+/// How many members to name for each key.
+pub(crate) fn member_count(text: &str) -> Result<u32, String> {
+    number_within(text, 1..=u32::try_from(RING_MEMBERS_MAX).unwrap_or(u32::MAX))
+}
+
+/// How many of what comes on one page.
+pub(crate) fn page_limit(text: &str) -> Result<u32, String> {
+    number_within(text, 1..=u32::try_from(PAGE_SIZE_MAX).unwrap_or(u32::MAX))
+}
+
+/// How many of a list.
+pub(crate) fn list_limit(text: &str) -> Result<usize, String> {
+    text.parse()
+        .ok()
+        .filter(|limit| *limit > 0)
+        .ok_or_else(|| "it must be a number from 1 on".to_owned())
+}
+
+/// A fencing token.
+pub(crate) fn token(text: &str) -> Result<u64, String> {
+    text.parse().ok().filter(|token| *token > 0).ok_or_else(|| {
+        "it must be a number from 1 on, as `quorate lock acquire` and `lock show` print it"
+            .to_owned()
+    })
 }
 
 /// A length, or `never`.
@@ -152,13 +229,60 @@ pub(crate) fn selector(
     }
 }
 
-/// `name=value`, `name=@file` or `name=-` for standard input.
-pub(crate) fn attribute(text: &str, stdin: &mut Stdin) -> Result<(String, Vec<u8>), Failure> {
+/// A session's attributes, each name once: `name=value`, `name=@file` or `name=-` for standard
+/// input.
+pub(crate) fn attributes(
+    texts: &[String],
+    stdin: &mut Stdin,
+) -> Result<BTreeMap<String, Vec<u8>>, Failure> {
+    named_values("attribute", texts, stdin, ATTRIBUTE_VALUE_BYTES_MAX)
+}
+
+/// The tags of a member of a ring, written as attributes are; their values are text.
+pub(crate) fn tags(
+    texts: &[String],
+    stdin: &mut Stdin,
+) -> Result<BTreeMap<String, String>, Failure> {
+    let tags = named_values("tag", texts, stdin, RING_TAG_VALUE_BYTES_MAX)?;
+    let text = |(name, value): (String, Vec<u8>)| match String::from_utf8(value) {
+        Ok(value) => Ok((name, value)),
+        Err(_) => Err(Failure::Usage(format!(
+            "the value of the tag {} is not text in UTF-8",
+            output::printable(&name)
+        ))),
+    };
+    tags.into_iter().map(text).collect()
+}
+
+fn named_values(
+    kind: &str,
+    texts: &[String],
+    stdin: &mut Stdin,
+    bytes_max: usize,
+) -> Result<BTreeMap<String, Vec<u8>>, Failure> {
+    let mut values = BTreeMap::new();
+    for text in texts {
+        let (name, value) = named_value(kind, text, stdin, bytes_max)?;
+        if values.contains_key(&name) {
+            let name = output::printable(&name);
+            return Err(Failure::Usage(format!("the {kind} {name} is given twice")));
+        }
+        values.insert(name, value);
+    }
+    Ok(values)
+}
+
+fn named_value(
+    kind: &str,
+    text: &str,
+    stdin: &mut Stdin,
+    bytes_max: usize,
+) -> Result<(String, Vec<u8>), Failure> {
     let (name, value) = text
         .split_once('=')
         .ok_or_else(|| Failure::Usage(format!("{text:?} is not name=value")))?;
     if !(1..=NAME_BYTES_MAX).contains(&name.len()) {
-        let message = format!("an attribute's name has 1 to {NAME_BYTES_MAX} bytes");
+        let message = format!("the name of each {kind} has 1 to {NAME_BYTES_MAX} bytes");
         return Err(Failure::Usage(message));
     }
     let value = match value.strip_prefix('@') {
@@ -167,9 +291,9 @@ pub(crate) fn attribute(text: &str, stdin: &mut Stdin) -> Result<(String, Vec<u8
             let shown = path.display().to_string();
             let file = std::fs::File::open(&path)
                 .map_err(|error| Failure::Failed(format!("{shown}: {error}")))?;
-            read_at_most(file, &shown, ATTRIBUTE_VALUE_BYTES_MAX)?
+            read_at_most(file, &shown, bytes_max)?
         }
-        None if value == "-" => stdin.read(ATTRIBUTE_VALUE_BYTES_MAX)?,
+        None if value == "-" => stdin.read(bytes_max)?,
         None => value.as_bytes().to_vec(),
     };
     Ok((name.to_owned(), value))
@@ -180,6 +304,57 @@ mod tests {
     use std::io::Write as _;
 
     use super::*;
+
+    fn attribute(text: &str, stdin: &mut Stdin) -> Result<(String, Vec<u8>), Failure> {
+        named_value("attribute", text, stdin, ATTRIBUTE_VALUE_BYTES_MAX)
+    }
+
+    #[test]
+    fn ranges_are_named_in_plain_words() {
+        assert_eq!(permits("1000000"), Ok(1_000_000));
+        for bad in ["0", "-1", "1000001", "x", ""] {
+            assert_eq!(permits(bad).unwrap_err(), "it must be a number from 1 to 1000000");
+        }
+        assert_eq!(weight("-1").unwrap_err(), "it must be a number from 1 to 1000");
+        assert_eq!(member_count("1000"), Ok(1_000));
+        assert!(page_limit("1001").is_err() && list_limit("1001").is_ok());
+        for bad in ["0", "-1", "x"] {
+            assert!(list_limit(bad).unwrap_err().contains("from 1 on"));
+            assert!(token(bad).unwrap_err().contains("from 1 on"));
+        }
+        assert_eq!(token("18446744073709551615"), Ok(u64::MAX));
+        for bad in ["0s", "999ms", "25h"] {
+            assert_eq!(ttl(bad).unwrap_err(), "it must be 1s to 1d");
+        }
+        assert_eq!(wait("11m").unwrap_err(), "it must be 0s to 10m");
+        assert_eq!(wait("0s"), Ok(Duration::ZERO));
+        assert_eq!(lock_delay("61s").unwrap_err(), "it must be 0s to 1m");
+    }
+
+    #[test]
+    fn a_name_is_given_once() {
+        let stdin = &mut Stdin::default();
+        let texts = ["a=1", "b=2", "a=1"].map(str::to_owned);
+        let failure = attributes(&texts, stdin).unwrap_err();
+        assert_eq!((failure.code(), &*failure.to_string()), (2, "the attribute a is given twice"));
+        let failure = tags(&texts, stdin).unwrap_err();
+        assert_eq!((failure.code(), &*failure.to_string()), (2, "the tag a is given twice"));
+        assert_eq!(attributes(&texts[..2], stdin).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn tags_come_from_where_attributes_come_from() {
+        let stdin = &mut Stdin { taken: true };
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(b"east").unwrap();
+        let texts = [format!("zone=@{}", file.path().display())];
+        assert_eq!(tags(&texts, stdin).unwrap()["zone"], "east");
+        file.write_all(b"\xff").unwrap();
+        assert!(matches!(tags(&texts, stdin), Err(Failure::Usage(_))), "it is not text");
+        file.write_all(&[b'x'; RING_TAG_VALUE_BYTES_MAX]).unwrap();
+        assert!(tags(&texts, stdin).unwrap_err().to_string().contains("1024"));
+        assert!(matches!(tags(&["zone=-".to_owned()], stdin), Err(Failure::Usage(_))));
+    }
 
     #[test]
     fn timeouts() {

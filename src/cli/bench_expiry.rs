@@ -126,7 +126,8 @@ fn report(
     let ratio = p99(expiring) / p99(quiet);
     json["p99_ratio"] = Value::from((ratio * 100.0).round() / 100.0);
     let text = format!(
-        "{} leases, last renewed within {}\n{}\np99 while they expire is {ratio:.2} times the quiet one",
+        "{} leases, last renewed within {}\n{}\n\
+         p99 while they expire is {ratio:.2} times the quiet one",
         count(leases as u64),
         length(spread),
         table.render().trim_end(),

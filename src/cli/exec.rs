@@ -1,29 +1,44 @@
 //! `quorate lock exec`: runs a command while holding a lock.
 //!
-//! The command is told to go when the lock is lost, which is before anybody else can have it, and
-//! killed if it does not. Caveats: only the command itself is signalled, not what it has started;
-//! and should this process be killed with SIGKILL, nobody is left to tell the command. What must
-//! not go wrong even then demands the fencing token.
+//! The command is told to go when the lock is lost with its lease, which is before anybody else can
+//! have it, and killed if it does not; for as long as that takes a lock-delay keeps others out.
+//! That an operator has broken the lock is found out by asking, a few seconds late.
+//!
+//! In the foreground of a terminal the command shares this process's group, as with any command of
+//! a shell: the terminal's own signals reach all of it, and only the command itself is sent others.
+//! Elsewhere it has a group of its own, and what it has started, if that has stayed in the group,
+//! gets what it gets. What goes on after a command that has ended by itself is left alone.
+//!
+//! Caveats: a stop (SIGTSTP, SIGSTOP) is not passed on; and should this process be killed with
+//! SIGKILL, nobody is left to tell the command. What must not go wrong even then demands the
+//! fencing token.
 
+use std::ffi::OsString;
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{ExitCode, ExitStatus};
 use std::time::Duration;
 
 use clap::Args;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, kill_process_group, test_kill_process_group};
 use tokio::process::{Child, Command};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
 
 use super::argument;
 use super::failure::Failure;
 use super::lock::ModeArguments;
 use super::output;
+use super::signals::{Signals, ended_by};
 use crate::client::{Client, Error, Guard, Lease, LeaseOptions, Loss};
 
 /// The shortest and the longest time between SIGTERM and SIGKILL.
 const GRACE_MIN: Duration = Duration::from_millis(500);
 const GRACE_MAX: Duration = Duration::from_secs(5);
+/// The same of the time between two questions whether the lock was broken.
+const VERIFY_MIN: Duration = Duration::from_secs(1);
+const VERIFY_MAX: Duration = Duration::from_secs(5);
+/// How often it is looked whether the rest of a group has gone.
+const GROUP_CHECK: Duration = Duration::from_millis(20);
 
 /// `quorate lock exec`.
 #[derive(Args, Debug)]
@@ -33,20 +48,42 @@ pub(crate) struct ExecArguments {
     name: String,
     #[command(flatten)]
     mode: ModeArguments,
-    /// How long the lock survives without a sign of life from this process: 1s to 24h
+    /// How long the lock survives without a sign of life from this process: 1s to 24h; below 3s an
+    /// election of the cluster can cost the lock
     #[arg(long, value_name = "TIME", default_value = "15s")]
-    #[arg(value_parser = argument::positive_duration)]
+    #[arg(value_parser = argument::ttl)]
     ttl: Duration,
     /// A label for people: who holds the lock [default: host and process id]
     #[arg(long, value_name = "LABEL")]
     owner: Option<String>,
     /// What to run, with its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
-    command: Vec<std::ffi::OsString>,
+    command: Vec<OsString>,
 }
 
-/// Gets the lock, runs the command, gives the lock back.
-pub(crate) async fn run(arguments: ExecArguments, client: &Client) -> Result<ExitCode, Failure> {
+/// Why the command is stopped.
+enum Lost {
+    Lease(Loss),
+    Broken,
+}
+
+/// How the command has ended.
+struct Ended {
+    code: u8,
+    /// Whether it was stopped because the lock was lost.
+    lost: Option<Lost>,
+}
+
+/// Gets the lock, runs the command, gives the lock back. At the end nobody is waited for longer
+/// than `patience`.
+pub(crate) async fn run(
+    arguments: ExecArguments,
+    client: &Client,
+    patience: Duration,
+) -> Result<ExitCode, Failure> {
+    if arguments.command.first().is_none_or(|program| program.is_empty()) {
+        return Err(Failure::Usage("the command after -- is empty: name one to run".to_owned()));
+    }
     let mut signals = Signals::new()?;
     let owner = arguments.owner.clone().unwrap_or_else(owner);
     let options = LeaseOptions::new().ttl(arguments.ttl).owner(owner);
@@ -55,33 +92,41 @@ pub(crate) async fn run(arguments: ExecArguments, client: &Client) -> Result<Exi
         granted = leases.grant(options) => granted?,
         signal = signals.next() => return Ok(ended_by(signal)),
     };
-    let request = arguments.mode.request(&client.locks(), &arguments.name);
+    let request = arguments.mode.request(&client.locks(), &arguments.name, grace(arguments.ttl))?;
     let acquired = tokio::select! {
         acquired = request.acquire(&lease) => acquired,
         signal = signals.next() => {
-            end(lease).await;
+            give_up(lease, client, &mut signals, patience).await;
             return Ok(ended_by(signal));
         }
     };
     let guard = match acquired {
         Ok(guard) => guard,
         Err(error) => {
-            end(lease).await;
-            return Err(error.into());
+            give_up(lease, client, &mut signals, patience).await;
+            return Err(not_obtained(error, &arguments.name));
         }
     };
-    let outcome = attend(&arguments, &guard, &mut signals).await;
-    if !guard.is_lost()
-        && let Err(error) = guard.release().await
-    {
-        let message = match error {
-            Error::LockNotHeld { .. } => "the lock was taken away while the command ran".to_owned(),
-            error => format!("could not release the lock, it goes with its lease: {error}"),
-        };
-        output::message(&format!("quorate: {message}"));
+    let ended = attend(&arguments, &guard, &mut signals).await;
+    let lost = ended.as_ref().ok().and_then(|ended| ended.lost.as_ref());
+    let was_held = give_back(guard, lease, lost, &mut signals, patience).await;
+    // What a command did without the lock was not protected, so its word alone is no success.
+    Ok(ExitCode::from(match ended?.code {
+        0 if !was_held => 4,
+        code => code,
+    }))
+}
+
+/// A lock that somebody waited for is not one that he had: also where it was his own lease that
+/// ended, trying again may help.
+fn not_obtained(error: Error, name: &str) -> Failure {
+    let name = output::printable(name);
+    match error {
+        Error::LeaseLost { message } => Failure::Unavailable(format!(
+            "the lock {name} was not obtained, the lease that was to hold it is lost: {message}"
+        )),
+        error => Failure::naming(error, &format!("lock {name}")),
     }
-    end(lease).await;
-    outcome
 }
 
 /// Runs the command until it has ended, however it does.
@@ -89,95 +134,204 @@ async fn attend(
     arguments: &ExecArguments,
     guard: &Guard,
     signals: &mut Signals,
-) -> Result<ExitCode, Failure> {
-    let Some((program, rest)) = arguments.command.split_first() else {
-        return Err(Failure::Usage("name a command to run, after --".to_owned()));
-    };
-    let mut command = Command::new(program);
-    command
-        .args(rest)
-        .env("QUORATE_FENCING_TOKEN", guard.token().to_string())
-        .env("QUORATE_LOCK", guard.name())
-        .kill_on_drop(true);
-    let mut child = match command.spawn() {
-        Ok(child) => child,
-        Err(error) => {
-            let shown = output::printable(&program.to_string_lossy());
-            output::message(&format!("quorate: cannot run {shown}: {error}"));
-            return Ok(ExitCode::from(if error.kind() == io::ErrorKind::NotFound {
-                127
-            } else {
-                126
-            }));
+) -> Result<Ended, Failure> {
+    let mut running = match Running::start(&arguments.command, guard) {
+        Ok(running) => running,
+        Err((program, error)) => {
+            output::message(&format!("quorate: cannot run {program}: {error}"));
+            let code = if error.kind() == io::ErrorKind::NotFound { 127 } else { 126 };
+            return Ok(Ended { code, lost: None });
         }
     };
     let mut lost = std::pin::pin!(guard.lost());
+    let mut broken = std::pin::pin!(broken(guard, arguments.ttl));
     let loss = loop {
         tokio::select! {
-            ended = child.wait() => return Ok(exit_code(ended?)),
-            loss = &mut lost => break loss,
-            signal = signals.next() => {
-                if !signals.reaches_children(signal) {
-                    send(&child, signal);
-                }
+            ended = running.child.wait() => {
+                return Ok(Ended { code: exit_code(ended?), lost: None });
             }
+            loss = &mut lost => break Lost::Lease(loss),
+            () = &mut broken => break Lost::Broken,
+            signal = signals.next() => running.pass_on(signal),
         }
     };
-    let code = stop(&mut child, arguments, loss).await?;
-    // What it did since the loss was not protected, so its word alone is no success.
-    Ok(if code == ExitCode::SUCCESS { ExitCode::from(4) } else { code })
+    let reason = match loss {
+        Lost::Lease(loss) => format!("its lease {}", loss.describe()),
+        Lost::Broken => "somebody has taken it away".to_owned(),
+    };
+    output::message(&format!("quorate: the lock is lost: {reason}; stopping the command"));
+    let code = exit_code(running.stop(grace(arguments.ttl)).await?);
+    Ok(Ended { code, lost: Some(loss) })
 }
 
-/// Ends the command, as the lock is lost.
-async fn stop(
-    child: &mut Child,
-    arguments: &ExecArguments,
-    loss: Loss,
-) -> Result<ExitCode, Failure> {
-    output::message(&format!(
-        "quorate: the lock is lost: its lease {}; stopping the command",
-        loss.describe()
-    ));
-    // The part of the time to live that is left when a guard gives up.
-    let grace = (arguments.ttl / 20).clamp(GRACE_MIN, GRACE_MAX);
-    send(child, Signal::TERM);
-    match tokio::time::timeout(grace, child.wait()).await {
-        Ok(ended) => Ok(exit_code(ended?)),
-        Err(_) => {
-            output::message("quorate: the command goes on; killing it");
-            // It may have ended this instant.
-            let _ = child.start_kill();
-            Ok(exit_code(child.wait().await?))
+/// Returns when the cluster says that the lock is not held any more. Where nobody answers the lease
+/// says when it is too late.
+async fn broken(guard: &Guard, ttl: Duration) {
+    let interval = (ttl / 3).clamp(VERIFY_MIN, VERIFY_MAX);
+    loop {
+        tokio::time::sleep(interval).await;
+        match guard.verify().await {
+            // Of a lease that is lost its own word comes at once, and says more.
+            Err(Error::LockNotHeld { .. }) if !guard.is_lost() => return,
+            Ok(()) | Err(_) => {}
         }
     }
 }
 
-/// Gives the lease back. Where that fails it ends by itself.
-pub(super) async fn end(lease: Lease) {
-    let is_lost = lease.is_lost();
-    if let Err(error) = lease.revoke().await
-        && !is_lost
-    {
+/// Gives lock and lease back after the command. Returns whether the lock was held until then, as
+/// far as anybody knows.
+async fn give_back(
+    guard: Guard,
+    lease: Lease,
+    lost: Option<&Lost>,
+    signals: &mut Signals,
+    patience: Duration,
+) -> bool {
+    if guard.is_lost() {
+        if lost.is_none() {
+            output::message("quorate: the lock was lost with its lease while the command ran");
+        }
+        // The cluster has ended the lease, or will without being told.
+        return false;
+    }
+    let returned = signals.part(patience, async {
+        let released = if lost.is_none() { guard.release().await } else { Ok(()) };
+        revoke(lease).await;
+        released
+    });
+    let message = match returned.await {
+        Some(Ok(())) => return lost.is_none(),
+        Some(Err(Error::LockNotHeld { .. })) => {
+            output::message("quorate: the lock was taken away while the command ran");
+            return false;
+        }
+        Some(Err(error)) => {
+            format!("could not release the lock, it goes with its lease: {error}")
+        }
+        None => "could not give the lock back in time; it goes with its lease".to_owned(),
+    };
+    output::message(&format!("quorate: {message}"));
+    lost.is_none()
+}
+
+/// Gives up a lease, and what was waited for with it.
+pub(super) async fn give_up(
+    lease: Lease,
+    client: &Client,
+    signals: &mut Signals,
+    patience: Duration,
+) {
+    if lease.is_lost() {
+        return;
+    }
+    let given_up = signals.part(patience, async {
+        revoke(lease).await;
+        client.settled().await;
+    });
+    if given_up.await.is_none() {
+        output::message("quorate: could not revoke the lease in time; it ends by itself");
+    }
+}
+
+async fn revoke(lease: Lease) {
+    // Where that fails it ends by itself.
+    if let Err(error) = lease.revoke().await {
         tracing::debug!(%error, "could not revoke the lease");
     }
 }
 
-fn send(child: &Child, signal: Signal) {
-    let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
-    if let Some(pid) = pid {
+/// The time between SIGTERM and SIGKILL: the part of the time to live that is left when a guard
+/// gives up.
+fn grace(ttl: Duration) -> Duration {
+    (ttl / 20).clamp(GRACE_MIN, GRACE_MAX)
+}
+
+/// A command that runs.
+struct Running {
+    child: Child,
+    pid: Option<Pid>,
+    /// Whether it has a process group of its own, and all of that is signalled.
+    has_group: bool,
+}
+
+impl Running {
+    fn start(command: &[OsString], guard: &Guard) -> Result<Self, (String, io::Error)> {
+        let (program, rest) = command.split_first().unwrap_or((const { &OsString::new() }, &[]));
+        let has_group = !is_in_foreground();
+        let mut command = Command::new(program);
+        command
+            .args(rest)
+            .env("QUORATE_FENCING_TOKEN", guard.token().to_string())
+            .env("QUORATE_LOCK", guard.name())
+            .kill_on_drop(true);
+        if has_group {
+            command.process_group(0);
+        }
+        let spawned = command.spawn();
+        let child = spawned
+            .map_err(|error| (output::printable(&program.to_string_lossy()).to_owned(), error))?;
+        let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
+        Ok(Self { child, pid, has_group })
+    }
+
+    /// Sends it a signal that this process has got, unless it has got that itself: a terminal sends
+    /// Ctrl-C and Ctrl-\ to all in the foreground, and some programs take a second one for
+    /// impatience.
+    fn pass_on(&self, signal: Signal) {
+        let from_terminal = signal == Signal::INT || signal == Signal::QUIT;
+        if !(from_terminal && !self.has_group && is_in_foreground()) {
+            self.send(signal);
+        }
+    }
+
+    fn send(&self, signal: Signal) {
+        let Some(pid) = self.pid else { return };
+        if self.has_group && kill_process_group(pid, signal).is_ok() {
+            return;
+        }
         // It has not been waited for, so the number is its own, even if it has ended.
-        let _ = kill_process(pid, signal);
+        if self.child.id().is_some() {
+            let _ = kill_process(pid, signal);
+        }
+    }
+
+    /// Ends it, and the rest of its group.
+    async fn stop(&mut self, grace: Duration) -> Result<ExitStatus, Failure> {
+        let deadline = Instant::now() + grace;
+        self.send(Signal::TERM);
+        let Ok(ended) = tokio::time::timeout_at(deadline, self.child.wait()).await else {
+            output::message("quorate: the command goes on; killing it");
+            self.send(Signal::KILL);
+            // It may have ended this instant, or have left its group.
+            let _ = self.child.start_kill();
+            return Ok(self.child.wait().await?);
+        };
+        while self.has_rest() && Instant::now() < deadline {
+            tokio::time::sleep(GROUP_CHECK).await;
+        }
+        if self.has_rest() {
+            output::message("quorate: what the command has started goes on; killing it");
+            self.send(Signal::KILL);
+        }
+        Ok(ended?)
+    }
+
+    /// Whether anything of its group is there. Nobody else gets the group's number while it is.
+    fn has_rest(&self) -> bool {
+        self.has_group && self.pid.is_some_and(|pid| test_kill_process_group(pid).is_ok())
     }
 }
 
-/// The command's own code, or as a shell says it when a signal ended it.
-fn exit_code(status: ExitStatus) -> ExitCode {
-    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
-    ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+/// Whether this process is in the foreground of the terminal that is its standard input.
+fn is_in_foreground() -> bool {
+    let foreground = rustix::termios::tcgetpgrp(io::stdin()).ok();
+    foreground == Some(rustix::process::getpgrp())
 }
 
-fn ended_by(signal: Signal) -> ExitCode {
-    ExitCode::from(u8::try_from(128 + signal.as_raw()).unwrap_or(1))
+/// The command's own code, or as a shell says it when a signal ended it.
+fn exit_code(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
 }
 
 /// Host and process, as far as they are known.
@@ -186,31 +340,24 @@ pub(super) fn owner() -> String {
     format!("{}/{}", system.nodename().to_string_lossy(), std::process::id())
 }
 
-/// The signals that ask this process to end.
-pub(super) struct Signals {
-    interrupt: tokio::signal::unix::Signal,
-    terminate: tokio::signal::unix::Signal,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl Signals {
-    pub(super) fn new() -> Result<Self, Failure> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-        })
+    #[test]
+    fn a_lost_lease_is_no_lost_lock_to_who_has_only_waited() {
+        let lost = || Error::LeaseLost { message: "the lease has ended".to_owned() };
+        let failure = not_obtained(lost(), "job");
+        assert_eq!(failure.code(), 75);
+        assert!(failure.to_string().contains("not obtained"), "{failure}");
+        let held = Error::LockHeld { message: "held".to_owned() };
+        assert_eq!(not_obtained(held, "job").code(), 75);
     }
 
-    pub(super) async fn next(&mut self) -> Signal {
-        tokio::select! {
-            _ = self.interrupt.recv() => Signal::INT,
-            _ = self.terminate.recv() => Signal::TERM,
-        }
-    }
-
-    /// Whether the command has got it too: a terminal sends Ctrl-C to all in the foreground, and
-    /// some programs take a second one for impatience.
-    fn reaches_children(&self, signal: Signal) -> bool {
-        let foreground = rustix::termios::tcgetpgrp(io::stdin()).ok();
-        signal == Signal::INT && foreground == Some(rustix::process::getpgrp())
+    #[test]
+    fn the_grace_is_what_the_guard_leaves_of_the_ttl() {
+        assert_eq!(grace(Duration::from_secs(1)), GRACE_MIN);
+        assert_eq!(grace(Duration::from_secs(20)), Duration::from_secs(1));
+        assert_eq!(grace(Duration::from_secs(86_400)), GRACE_MAX);
     }
 }

@@ -17,6 +17,9 @@ pub(crate) enum Failure {
     /// What it is about is not there.
     #[error("{0}")]
     NotFound(String),
+    /// It was had, and is no more.
+    #[error("{0}")]
+    Lost(String),
     /// The request did not succeed.
     #[error("{}", describe(.0))]
     Request(#[from] client::Error),
@@ -29,6 +32,22 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
+    /// The failure of a request about `what`, which is named where that is not there, or not as it
+    /// was thought to be.
+    pub(crate) fn naming(mut error: client::Error, what: &str) -> Self {
+        use client::Error;
+        if let Error::NotFound { message, .. }
+        | Error::AlreadyExists { message, .. }
+        | Error::LockNotHeld { message }
+        | Error::LockHeld { message }
+        | Error::WaitExpired { message }
+        | Error::LeaseLost { message } = &mut error
+        {
+            *message = format!("{what}: {message}");
+        }
+        Self::Request(error)
+    }
+
     /// 1 failed, 2 usage, 3 not found, 4 conflict or refused, 75 unavailable, timed out or, of a
     /// lock, not free.
     pub(crate) fn code(&self) -> u8 {
@@ -37,6 +56,7 @@ impl Failure {
             Self::Failed(_) => 1,
             Self::Usage(_) => 2,
             Self::NotFound(_) => 3,
+            Self::Lost(_) => 4,
             Self::Unavailable(_) => 75,
             Self::BrokenPipe => 0,
             Self::Request(error) => match error {
@@ -123,7 +143,8 @@ mod tests {
     #[test]
     fn exit_codes_are_those_that_scripts_rely_on() {
         let text = String::new;
-        let cases: [(Failure, u8); 17] = [
+        let cases: [(Failure, u8); 18] = [
+            (Failure::Lost(text()), 4),
             (Failure::Failed(text()), 1),
             (Failure::Usage(text()), 2),
             (Failure::Unavailable(text()), 75),
@@ -160,6 +181,26 @@ mod tests {
         let error = Error::VersionMismatch { current: Some(7), message };
         let message = Failure::from(error).to_string();
         assert_eq!(message, "the session is at version 7; read it again");
+    }
+
+    #[test]
+    fn what_is_not_there_is_named() {
+        let not_found = |reason: &str| Error::NotFound {
+            reason: reason.into(),
+            message: "there is no such thing".into(),
+        };
+        for reason in ["LEASE_NOT_FOUND", "LOCK_NOT_FOUND", "RING_EMPTY", "MEMBER_NOT_FOUND"] {
+            let failure = Failure::naming(not_found(reason), "lease 17");
+            assert_eq!(failure.code(), 3);
+            let message = failure.to_string();
+            assert!(message.starts_with("lease 17: there is no such thing"), "{message}");
+        }
+        let lost = Error::LeaseLost { message: "it has ended".into() };
+        let message = Failure::naming(lost, "lease 17").to_string();
+        assert_eq!(
+            message,
+            "lease 17: it has ended; what hung from it is lost: start again with a new lease"
+        );
     }
 
     #[test]

@@ -12,7 +12,8 @@ use super::failure::Failure;
 use super::output::{
     self, Format, Output, Table, age, length_json, length_or_dash, printable_or_dash, time_json,
 };
-use crate::client::{LeaseId, LeaseOptions, LeaseRecord, Leases, Renewal};
+use super::signals::Signals;
+use crate::client::{Error, LeaseId, LeaseOptions, LeaseRecord, Leases, Renewal};
 use crate::limits::PAGE_SIZE_MAX;
 
 /// Pause before a renewal that failed is tried again.
@@ -27,6 +28,8 @@ pub(crate) enum LeaseCommand {
         It ends when its time to live has passed, unless `quorate lease keep-alive` renews it.")]
     Grant(GrantArguments),
     /// Renew leases, again and again until interrupted
+    #[command(after_help = "It ends with 0 when it is interrupted, and with 3 when none of the \
+        leases is left. With --once it ends with 3 when any of them is lost.")]
     KeepAlive(KeepAliveArguments),
     /// End a lease, and with it all that hangs from it
     Revoke(IdArgument),
@@ -39,9 +42,9 @@ pub(crate) enum LeaseCommand {
 /// `quorate lease grant`.
 #[derive(Args, Debug)]
 pub(crate) struct GrantArguments {
-    /// How long it lives without being renewed: 1s to 24h
-    #[arg(long, value_name = "TIME", default_value = "15s")]
-    #[arg(value_parser = argument::positive_duration)]
+    /// How long it lives without being renewed: 1s to 24h; below 3s an election of the cluster can
+    /// cost it
+    #[arg(long, value_name = "TIME", default_value = "15s", value_parser = argument::ttl)]
     ttl: Duration,
     /// A label for people: who it belongs to
     #[arg(long, value_name = "LABEL", default_value = "", hide_default_value = true)]
@@ -71,7 +74,8 @@ pub(crate) struct IdArgument {
 #[derive(Args, Debug)]
 pub(crate) struct ListArguments {
     /// At most so many
-    #[arg(long, value_name = "NUMBER", default_value_t = 100)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 100, allow_negative_numbers = true)]
+    #[arg(value_parser = argument::list_limit)]
     limit: usize,
 }
 
@@ -90,21 +94,32 @@ pub(crate) async fn run(command: LeaseCommand, common: &Common) -> Result<(), Fa
             });
             output.result(&id.to_string(), &json)
         }
-        LeaseCommand::KeepAlive(arguments) => keep_alive(&leases, arguments, output).await,
+        LeaseCommand::KeepAlive(arguments) => {
+            let mut signals = Signals::new()?;
+            tokio::select! {
+                ended = keep_alive(&leases, arguments, output) => ended,
+                _ = signals.next() => Ok(()),
+            }
+        }
         LeaseCommand::Revoke(IdArgument { id }) => {
-            let revision = leases.revoke(id).await?;
+            let revision = leases.revoke(id).await.map_err(|error| about(error, id))?;
             output
                 .result(&format!("revoked at revision {revision}"), &json!({"revision": revision}))
         }
         LeaseCommand::Show(IdArgument { id }) => {
-            let found = leases.get(id).await?;
+            let found = leases.get(id).await.map_err(|error| about(error, id))?;
             show(output, &found.value, found.revision)
         }
         LeaseCommand::List(arguments) => list(&leases, arguments, output).await,
     }
 }
 
-/// Renews until interrupted, or until all leases are lost, which is a failure.
+fn about(error: Error, id: LeaseId) -> Failure {
+    Failure::naming(error, &format!("lease {id}"))
+}
+
+/// Renews until all leases are lost, which is a failure; once, where that is asked for, and then
+/// any that is lost is one.
 async fn keep_alive(
     leases: &Leases,
     arguments: KeepAliveArguments,
@@ -113,6 +128,7 @@ async fn keep_alive(
     let KeepAliveArguments { mut ids, once } = arguments;
     ids.sort_unstable();
     ids.dedup();
+    let count = ids.len();
     loop {
         let start = Instant::now();
         let pause = match leases.keep_alive(&ids).await {
@@ -133,6 +149,10 @@ async fn keep_alive(
             let message = "none of the leases is left; grant a new one".to_owned();
             return Err(Failure::NotFound(message));
         };
+        if once && ids.len() < count {
+            let message = format!("{} of {count} lost; grant new ones", count - ids.len());
+            return Err(Failure::NotFound(message));
+        }
         if once {
             return Ok(());
         }
@@ -162,7 +182,7 @@ fn report(renewals: &[Renewal], output: Output) -> Result<(), Failure> {
 }
 
 async fn list(leases: &Leases, arguments: ListArguments, output: Output) -> Result<(), Failure> {
-    let page_size = u32::try_from(arguments.limit.clamp(1, PAGE_SIZE_MAX)).unwrap_or(u32::MAX);
+    let page_size = u32::try_from(arguments.limit.min(PAGE_SIZE_MAX)).unwrap_or(u32::MAX);
     let mut found = Vec::new();
     let mut next = None;
     let more = loop {

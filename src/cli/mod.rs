@@ -1,7 +1,8 @@
 //! The command line: one binary for nodes, operators and load.
 //!
 //! Results go to standard output and messages to standard error. Exit codes: 0, 1 failed, 2 usage,
-//! 3 not found, 4 conflict or refused, 75 unavailable or timed out.
+//! 3 not found, 4 conflict, lost or refused, 75 unavailable or timed out; 128 and the number of the
+//! signal that ended what waits.
 
 mod argument;
 mod bench;
@@ -19,11 +20,13 @@ mod ring;
 mod run;
 pub mod serve;
 mod session;
+mod signals;
 
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 use self::failure::Failure;
 use self::output::{Format, Output};
@@ -54,7 +57,7 @@ struct Common {
     #[arg(long, global = true, env = "QUORATE_NAMESPACE", default_value = "default")]
     #[arg(value_name = "NAME", help_heading = "Global options")]
     namespace: String,
-    /// How long a request may take, with all its retries
+    /// How long a request may take, with all its retries; --wait of a lock comes on top of it
     #[arg(long, global = true, env = "QUORATE_TIMEOUT", default_value = "10s")]
     #[arg(value_parser = argument::positive_duration, value_name = "TIME")]
     #[arg(help_heading = "Global options")]
@@ -108,6 +111,7 @@ pub fn run() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
+            let error = without_environment(error);
             // Help and version are such "errors" too. If they cannot be printed, nobody reads.
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
@@ -125,6 +129,24 @@ pub fn run() -> ExitCode {
         Command::Bench(arguments) => block_on(bench::run(arguments, &common)),
     };
     finish(result.map(|()| ExitCode::SUCCESS))
+}
+
+/// The error as it is without what the environment says: clap takes that for something that was
+/// typed, and so for a part of the usage that it shows.
+fn without_environment(error: clap::Error) -> clap::Error {
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        return error;
+    }
+    let command = ["endpoints", "namespace", "timeout", "output"]
+        .into_iter()
+        .fold(Cli::command(), |command, name| {
+            command.mut_arg(name, |argument| argument.env(None::<&'static str>))
+        });
+    match command.try_get_matches() {
+        Err(other) if other.kind() == error.kind() => other,
+        // It was the environment that could not be understood.
+        _ => error,
+    }
 }
 
 fn finish(result: Result<ExitCode, Failure>) -> ExitCode {
@@ -149,8 +171,6 @@ fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, F
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory as _;
-
     use super::*;
 
     fn parse(line: &str) -> Result<Cli, clap::Error> {
@@ -230,6 +250,25 @@ mod tests {
     }
 
     #[test]
+    fn a_number_out_of_range_is_refused_with_flag_and_range() {
+        for (line, words) in [
+            ("quorate lock exec n --permits 0 -- true", ["--permits", "from 1 to 1000000"]),
+            ("quorate lock exec n --permits -1 -- true", ["--permits", "from 1 to 1000000"]),
+            ("quorate lock exec n --permits 3 --take 0 -- true", ["--take", "from 1 to 1000000"]),
+            ("quorate lock release n --token -1", ["--token", "from 1 on"]),
+            ("quorate ring join r m --ttl 15s --weight -1", ["--weight", "from 1 to 1000"]),
+            ("quorate ring locate r k --count -1", ["--count", "from 1 to 1000"]),
+            ("quorate lock exec n --ttl 0s -- true", ["--ttl", "1s to 1d"]),
+            ("quorate lease list --limit -1", ["--limit", "from 1 on"]),
+        ] {
+            let error = parse(line).unwrap_err().to_string();
+            assert!(words.iter().all(|word| error.contains(word)), "{line}\n{error}");
+        }
+        let error = parse("quorate ring join r m").unwrap_err().to_string();
+        assert!(error.contains("--lease <ID>|--ttl <TIME>"), "{error}");
+    }
+
+    #[test]
     fn what_makes_no_sense_is_a_usage_error() {
         for line in [
             "quorate nonsense",
@@ -246,6 +285,18 @@ mod tests {
             "quorate lease show 123",
             "quorate lock exec n",
             "quorate lock exec n true",
+            "quorate lock exec n --permits 0 -- true",
+            "quorate lock exec n --permits 3 --take 0 -- true",
+            "quorate lock exec n --permits -1 -- true",
+            "quorate lock exec n --wait 11m -- true",
+            "quorate lock exec n --lock-delay 61s -- true",
+            "quorate lock exec n --ttl 999ms -- true",
+            "quorate lock release n --token -1",
+            "quorate lock break n --token 0",
+            "quorate lock list --limit 0",
+            "quorate lease list --limit 0",
+            "quorate session list --limit 0",
+            "quorate lock show n --limit 1001",
             "quorate lock exec n --shared --permits 3 -- true",
             "quorate lock acquire n",
             "quorate lock release n",

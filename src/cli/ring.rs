@@ -6,17 +6,18 @@ use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
 use super::Common;
-use super::argument;
-use super::exec::{self, Signals};
+use super::argument::{self, Stdin};
+use super::exec;
 use super::failure::Failure;
 use super::output::{
     self, Format, Output, Table, age, length_json, printable, printable_or_dash, time_json,
 };
+use super::signals::Signals;
 use crate::client::{
     Client, Error, Joined, Lease, LeaseId, LeaseOptions, Located, NewRingMember, RingMember,
     RingReadOptions, RingShares, Rings,
 };
-use crate::limits::{RING_MEMBERS_MAX, RING_WEIGHT_MAX};
+use crate::limits::LEASE_TTL_MIN;
 
 /// The calls.
 #[derive(Debug, Subcommand)]
@@ -26,7 +27,10 @@ pub(crate) enum RingCommand {
         quorate ring join billing billing-7 --lease \"$lease\" --address 10.0.0.7:80 --weight 2\n  \
         quorate ring join billing billing-7 --ttl 15s zone=east    # until interrupted\n\n\
         The member is on the ring for as long as its lease lives. With --ttl the lease is this \
-        command's own: it keeps it alive, and gives it up when it is interrupted.")]
+        command's own: it keeps it alive, and gives it up when it is interrupted (SIGINT, SIGTERM, \
+        SIGHUP or SIGQUIT; it ends with 0 then). It ends with 4 when the lease is lost or somebody \
+        has removed the member. Tags take values as attributes of sessions do: NAME=@FILE from a \
+        file, NAME=- from standard input.")]
     Join(JoinArguments),
     /// Remove a member from a ring; its lease lives on
     Leave(LeaveArguments),
@@ -39,6 +43,7 @@ pub(crate) enum RingCommand {
 
 /// `quorate ring join`.
 #[derive(Args, Debug)]
+#[command(group = clap::ArgGroup::new("hanging").required(true).args(["lease", "ttl"]))]
 pub(crate) struct JoinArguments {
     /// The ring's name
     ring: String,
@@ -46,21 +51,20 @@ pub(crate) struct JoinArguments {
     member: String,
     /// The lease that it is to hang from
     #[arg(long, value_name = "ID", value_parser = argument::lease_id)]
-    #[arg(required_unless_present = "ttl", conflicts_with = "ttl")]
     lease: Option<LeaseId>,
-    /// Grant a lease of this time to live, and keep it alive until interrupted
-    #[arg(long, value_name = "TIME", value_parser = argument::positive_duration)]
+    /// Grant a lease of this time to live, 1s to 24h, and keep it alive until interrupted
+    #[arg(long, value_name = "TIME", value_parser = argument::ttl)]
     ttl: Option<Duration>,
     /// Where the member is reached
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     address: String,
     /// Its share of the keys relative to the other members' weights: 1 to 1000
-    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
-    #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(RING_WEIGHT_MAX)))]
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, allow_negative_numbers = true)]
+    #[arg(value_parser = argument::weight)]
     weight: u32,
     /// Whatever the ring's users want to know of it
     #[arg(value_name = "NAME=VALUE", value_parser = tag)]
-    tags: Vec<(String, String)>,
+    tags: Vec<String>,
 }
 
 /// `quorate ring leave`.
@@ -70,7 +74,7 @@ pub(crate) struct LeaveArguments {
     ring: String,
     /// The member's name
     member: String,
-    /// Only if it hangs from this lease, which also makes a retry safe
+    /// Only if it hangs from this lease
     #[arg(long, value_name = "ID", value_parser = argument::lease_id)]
     lease: Option<LeaseId>,
 }
@@ -84,8 +88,8 @@ pub(crate) struct LocateArguments {
     #[arg(value_name = "KEY", required = true)]
     keys: Vec<String>,
     /// Print so many members for each: the one that serves it, and who would take over
-    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
-    #[arg(value_parser = clap::value_parser!(u32).range(1..=RING_MEMBERS_MAX as i64))]
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, allow_negative_numbers = true)]
+    #[arg(value_parser = argument::member_count)]
     count: u32,
     /// Answer from what the asked node has, though it may be stale
     #[arg(long)]
@@ -102,10 +106,9 @@ pub(crate) struct ShowArguments {
     local: bool,
 }
 
-fn tag(text: &str) -> Result<(String, String), String> {
+fn tag(text: &str) -> Result<String, String> {
     let tag = text.split_once('=').filter(|(name, _)| !name.is_empty());
-    let (name, value) = tag.ok_or_else(|| "a tag is written name=value".to_owned())?;
-    Ok((name.to_owned(), value.to_owned()))
+    tag.map(|_| text.to_owned()).ok_or_else(|| "a tag is written name=value".to_owned())
 }
 
 /// Does what the command says.
@@ -114,17 +117,27 @@ pub(crate) async fn run(command: RingCommand, common: &Common) -> Result<(), Fai
     let client = common.client().build()?;
     let rings = client.rings();
     match command {
-        RingCommand::Join(arguments) => join(&client, arguments, output).await,
+        RingCommand::Join(arguments) => join(&client, arguments, output, common.timeout).await,
         RingCommand::Leave(LeaveArguments { ring, member, lease }) => {
-            let revision = rings.leave(&ring, &member, lease).await?;
+            let what = named_member(&member, &ring);
+            let left = rings.leave(&ring, &member, lease).await;
+            let revision = left.map_err(|error| Failure::naming(error, &what))?;
             output.result(&format!("left at revision {revision}"), &json!({ "revision": revision }))
         }
         RingCommand::Locate(arguments) => locate(&rings, arguments, output).await,
         RingCommand::Show(ShowArguments { ring, local }) => {
-            let shares = rings.shares(&ring, read_options(local)).await?;
-            show(output, &shares)
+            let shares = rings.shares(&ring, read_options(local)).await;
+            show(output, &shares.map_err(|error| Failure::naming(error, &named_ring(&ring)))?)
         }
     }
+}
+
+fn named_ring(ring: &str) -> String {
+    format!("ring {}", printable(ring))
+}
+
+fn named_member(member: &str, ring: &str) -> String {
+    format!("member {} of ring {}", printable(member), printable(ring))
 }
 
 fn read_options(local: bool) -> RingReadOptions {
@@ -132,42 +145,80 @@ fn read_options(local: bool) -> RingReadOptions {
     if local { options.local(0) } else { options }
 }
 
-async fn join(client: &Client, arguments: JoinArguments, output: Output) -> Result<(), Failure> {
+async fn join(
+    client: &Client,
+    arguments: JoinArguments,
+    output: Output,
+    patience: Duration,
+) -> Result<(), Failure> {
     let JoinArguments { ring, member: name, lease, ttl, address, weight, tags } = arguments;
+    let what = named_member(&name, &ring);
     let mut member = NewRingMember::new(name).address(address).weight(weight);
-    for (name, value) in tags {
+    for (name, value) in argument::tags(&tags, &mut Stdin::default())? {
         member = member.tag(name, value);
     }
     let Some(ttl) = ttl else {
         let message = "name a lease with --lease, or a time to live with --ttl".to_owned();
         let lease = lease.ok_or(Failure::Usage(message))?;
-        let joined = client.rings().join(&ring, lease, member).await?;
-        return report(output, lease, &joined);
+        let joined = client.rings().join(&ring, lease, member).await;
+        return report(output, lease, &joined.map_err(|error| not_joined(error, lease, &what))?);
     };
     let mut signals = Signals::new()?;
-    let lease = client.leases().grant(LeaseOptions::new().ttl(ttl).owner(exec::owner())).await?;
+    let options = LeaseOptions::new().ttl(ttl).owner(exec::owner());
+    let leases = client.leases();
+    let lease = tokio::select! {
+        granted = leases.grant(options) => granted?,
+        _ = signals.next() => return Ok(()),
+    };
     let outcome = tokio::select! {
-        outcome = stay(client, &ring, &lease, member, output) => outcome,
+        outcome = stay(client, &ring, &what, &lease, member, output) => outcome,
         _ = signals.next() => Ok(()),
     };
     // With it the member goes.
-    exec::end(lease).await;
+    exec::give_up(lease, client, &mut signals, patience).await;
     outcome
 }
 
-/// Joins, and waits until the lease is lost.
+fn not_joined(error: Error, lease: LeaseId, what: &str) -> Failure {
+    match error.reason() {
+        "LEASE_NOT_FOUND" => Failure::naming(error, &format!("lease {lease}")),
+        _ => Failure::naming(error, what),
+    }
+}
+
+/// Joins, and waits until the member is off the ring.
 async fn stay(
     client: &Client,
     ring: &str,
+    what: &str,
     lease: &Lease,
     member: NewRingMember,
     output: Output,
 ) -> Result<(), Failure> {
-    let joined = client.rings().join(ring, lease.id(), member).await?;
+    let joined = client.rings().join(ring, lease.id(), member).await;
+    let joined = joined.map_err(|error| not_joined(error, lease.id(), what))?;
     report(output, lease.id(), &joined)?;
-    let loss = lease.lost().await;
-    let message = format!("the member is off the ring: its lease {}", loss.describe());
-    Err(Error::LeaseLost { message }.into())
+    let reason = tokio::select! {
+        loss = lease.lost() => format!("its lease {}", loss.describe()),
+        () = removed(client, lease.id(), joined.timing.renew_after) => {
+            "somebody has removed it".to_owned()
+        }
+    };
+    Err(Failure::Lost(format!("{what} is off the ring: {reason}; join again")))
+}
+
+/// Returns when nothing hangs from the lease any more; looked at about when it is renewed. All that
+/// has ever hung from it is the member.
+async fn removed(client: &Client, lease: LeaseId, interval: Duration) {
+    loop {
+        tokio::time::sleep(interval.max(LEASE_TTL_MIN / 3)).await;
+        // Where there is no answer, or no lease, the lease itself says what has become of it.
+        if let Ok(found) = client.leases().get(lease).await
+            && found.value.ring_members == 0
+        {
+            return;
+        }
+    }
 }
 
 fn report(output: Output, lease: LeaseId, joined: &Joined) -> Result<(), Failure> {
@@ -186,7 +237,8 @@ fn report(output: Output, lease: LeaseId, joined: &Joined) -> Result<(), Failure
 async fn locate(rings: &Rings, arguments: LocateArguments, output: Output) -> Result<(), Failure> {
     let LocateArguments { ring, keys, count, local } = arguments;
     let bytes = keys.iter().map(|key| key.clone().into_bytes());
-    let located = rings.locate(&ring, bytes, count, read_options(local)).await?;
+    let located = rings.locate(&ring, bytes, count, read_options(local)).await;
+    let located = located.map_err(|error| Failure::naming(error, &named_ring(&ring)))?;
     if output.format == Format::Json {
         return output.result("", &located_json(&keys, &located));
     }
@@ -234,11 +286,11 @@ fn show(output: Output, ring: &RingShares) -> Result<(), Failure> {
         return output.result("", &json);
     }
     output.list(&members_table(ring), &[])?;
+    let count = ring.members.len();
+    let members = if count == 1 { "member" } else { "members" };
     output::message(&format!(
-        "{} members, ring revision {}, algorithm {}",
-        ring.members.len(),
-        ring.ring_revision,
-        ring.algorithm_version
+        "{count} {members}, ring revision {}, algorithm {}",
+        ring.ring_revision, ring.algorithm_version
     ));
     Ok(())
 }
@@ -292,8 +344,8 @@ mod tests {
 
     #[test]
     fn tags_have_names() {
-        assert_eq!(tag("a=b=c"), Ok(("a".to_owned(), "b=c".to_owned())));
-        assert_eq!(tag("a="), Ok(("a".to_owned(), String::new())));
+        assert_eq!(tag("a=b=c"), Ok("a=b=c".to_owned()));
+        assert_eq!(tag("a="), Ok("a=".to_owned()));
         assert!(tag("a").is_err() && tag("=b").is_err());
     }
 

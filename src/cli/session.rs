@@ -146,8 +146,7 @@ impl SetArguments {
         }
         let selector = argument::selector(id, self.handle.as_deref(), stdin)?;
         let mut update = Update::new();
-        for text in positional {
-            let (name, value) = argument::attribute(text, stdin)?;
+        for (name, value) in argument::attributes(positional, stdin)? {
             update = update.set(name, value);
         }
         update = self.remove.into_iter().fold(update, Update::remove);
@@ -184,7 +183,8 @@ pub(crate) struct ListArguments {
     #[arg(long, value_name = "USER")]
     principal: Option<String>,
     /// At most so many
-    #[arg(long, value_name = "NUMBER", default_value_t = 100)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 100, allow_negative_numbers = true)]
+    #[arg(value_parser = argument::list_limit)]
     limit: usize,
 }
 
@@ -242,8 +242,7 @@ fn new_session(arguments: CreateArguments) -> Result<NewSession, Failure> {
     if let Some(id) = &arguments.id {
         session = session.id(argument::session_id(id, stdin)?);
     }
-    for text in &arguments.attributes {
-        let (name, value) = argument::attribute(text, stdin)?;
+    for (name, value) in argument::attributes(&arguments.attributes, stdin)? {
         session = session.attribute(name, value);
     }
     if let Some(principal) = arguments.principal {
@@ -263,7 +262,7 @@ async fn list(
     arguments: ListArguments,
     output: Output,
 ) -> Result<(), Failure> {
-    let page_size = arguments.limit.clamp(1, PAGE_SIZE_MAX);
+    let page_size = arguments.limit.min(PAGE_SIZE_MAX);
     let mut options = ListOptions::new().page_size(u32::try_from(page_size).unwrap_or(u32::MAX));
     if let Some(principal) = arguments.principal {
         options = options.principal(principal);

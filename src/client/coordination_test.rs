@@ -407,3 +407,114 @@ async fn a_lease_is_revoked_with_its_last_owner_unless_it_is_left_to_itself() {
     assert_eq!(revokes(&mock), 2);
     assert_eq!(client.leases().renewals().leases, 0);
 }
+
+/// What a read of the lock says when these tokens hold it, listed as far as a page goes.
+fn held_by(lease: &str, tokens: &[u64], count: u32) -> Action {
+    let exclusive = v1::LockMode { mode: Some(v1::lock_mode::Mode::Exclusive(true)) };
+    let holder = |token: &u64| v1::LockHolder {
+        // That of token 7 is lost, and its lock-delay under way.
+        lease_id: if *token == 7 { String::new() } else { lease.to_owned() },
+        mode: Some(exclusive),
+        token: *token,
+        ..Default::default()
+    };
+    let lock = v1::Lock {
+        name: "door".to_owned(),
+        kind: v1::LockKind::ExclusiveShared.into(),
+        holder_count: count,
+        holders: tokens.iter().map(holder).collect(),
+        ..Default::default()
+    };
+    Action::Answer(Response::GetLock(v1::GetLockResponse { revision: 9, lock: Some(lock) }))
+}
+
+#[tokio::test]
+async fn a_guard_finds_out_whether_its_lock_was_broken() {
+    type Answer = fn(&str) -> Action;
+    // Every grant here is of token 7 or 101; what is read then, and whether that is held.
+    let cases: [(u64, Answer, bool); 6] = [
+        (101, |lease| held_by(lease, &[5, 101], 2), true),
+        (101, |_| held_by("0123456789abcdef0123456789abcdef", &[101], 1), false),
+        (101, |lease| held_by(lease, &[5, 102], 200), false),
+        (101, |lease| held_by(lease, &[5], 1), false),
+        (101, |_| Action::Refuse(Code::NotFound, "LOCK_NOT_FOUND"), false),
+        (7, |lease| held_by(lease, &[7], 1), false),
+    ];
+    for (number, (token, answer, is_held)) in cases.into_iter().enumerate() {
+        let lease_id = Arc::new(Mutex::new(String::new()));
+        let holder = lease_id.clone();
+        let mock = Mock::start(1, move |count, request| match request {
+            Request::GetLock(_) => answer(&holder.lock().unwrap()),
+            Request::AcquireLock(_) => {
+                Action::Answer(Response::AcquireLock(v1::AcquireLockResponse {
+                    token,
+                    timing: timing(),
+                    ..Default::default()
+                }))
+            }
+            request => serve(count, request),
+        })
+        .await;
+        let client = connect(&mock, &Manual::new()).await;
+        let lease = grant(&client).await;
+        *lease_id.lock().unwrap() = lease.id().to_string();
+        let guard = client.locks().lock("door").acquire(&lease).await.unwrap();
+        match guard.verify().await {
+            Ok(()) => assert!(is_held, "case {number}"),
+            Err(Error::LockNotHeld { .. }) => assert!(!is_held, "case {number}"),
+            Err(error) => panic!("case {number}: {error:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_holder_behind_the_page_asks_for_its_claim_and_can_make_none() {
+    let mock = Mock::start(1, |count, request| match (count, request) {
+        (5, Request::AcquireLock(_)) => Action::Refuse(Code::FailedPrecondition, "ACQUIRE_ENDED"),
+        (_, Request::AcquireLock(_)) => serve(1, request),
+        (_, Request::GetLock(_)) => held_by("0123456789abcdef0123456789abcdef", &[5, 6], 200),
+        (count, request) => serve(count, request),
+    })
+    .await;
+    let clock = Manual::new();
+    let client = connect(&mock, &clock).await;
+    let lease = grant(&client).await;
+    let guard = client.locks().lock("door").shared().acquire(&lease).await.unwrap();
+    guard.verify().await.unwrap();
+    let error = guard.verify().await.unwrap_err();
+    assert!(matches!(error, Error::LockNotHeld { .. }), "{error:?}");
+    let contexts: Vec<_> = acquires(&mock).iter().map(|acquire| acquire.context.unwrap()).collect();
+    assert_eq!(contexts.len(), 3);
+    for context in &contexts[1..] {
+        assert_eq!(context.request_id, contexts[0].request_id);
+        assert!(context.resend);
+        assert_eq!(context.expire_time.unwrap().seconds, 0, "it could be applied");
+    }
+    // What is lost by the clock is not asked for.
+    clock.advance(TTL);
+    let error = guard.verify().await.unwrap_err();
+    assert!(matches!(error, Error::LockNotHeld { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_client_has_settled_once_what_was_dropped_is_undone() {
+    let mock = Mock::start(1, |count, request| match request {
+        Request::AcquireLock(acquire) if acquire.lock == "never" => Action::Ignore,
+        request => serve(count, request),
+    })
+    .await;
+    let client = connect(&mock, &Manual::new()).await;
+    within_ten_seconds(client.settled()).await;
+    let lease = grant(&client).await;
+    let guard = client.locks().lock("door").acquire(&lease).await.unwrap();
+    let request = client.locks().lock("never").wait(Duration::from_secs(30));
+    tokio::select! {
+        _ = request.acquire(&lease) => panic!("nobody answers"),
+        () = until(|| acquires(&mock).len() == 2) => {}
+    }
+    drop(guard);
+    drop(lease);
+    // A clone knows of it all.
+    within_ten_seconds(client.with_timeout(Duration::from_secs(1)).settled()).await;
+    assert_eq!((cancels(&mock).len(), releases(&mock).len(), revokes(&mock)), (1, 1, 1));
+}

@@ -236,7 +236,7 @@ impl Drop for Held {
         self.client.keeper.remove(&self.key());
         if !lost {
             let (client, id) = (self.client.clone(), self.id);
-            self.runtime.spawn(async move {
+            self.client.background.spawn(&self.runtime, async move {
                 // If it cannot be told, the lease ends by itself.
                 if let Err(error) = client.revoke_lease(id, &mut Progress::default()).await {
                     tracing::debug!(lease = %id, %error, "could not revoke a dropped lease");

@@ -5,7 +5,6 @@
 //! line or tells of the grant that was made meanwhile. Whoever stops waiting, also by dropping the
 //! future, cancels it in the background, so that nothing is granted to nobody.
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -14,8 +13,9 @@ use tokio::time::Instant;
 
 use super::Client;
 use super::error::{Error, mismatched};
+use super::guard::Guard;
 use super::id::LeaseId;
-use super::lease::{Held, Lease};
+use super::lease::Lease;
 use super::liveness::{Liveness, Loss};
 use super::retry::{Patience, Progress};
 use super::session::Found;
@@ -51,7 +51,7 @@ pub enum LockMode {
 }
 
 impl LockMode {
-    fn into_proto(self) -> v1::LockMode {
+    pub(super) fn into_proto(self) -> v1::LockMode {
         let mode = match self {
             Self::Exclusive => Mode::Exclusive(true),
             Self::Shared => Mode::Shared(true),
@@ -384,14 +384,9 @@ impl Acquire {
         if let Some(loss) = held.liveness.loss() {
             return Err(lost(loss));
         }
+        let guard = Guard::new(held.clone(), &self.client, &self.lock, grant, claim.request_id);
         claim.settle();
-        Ok(Guard {
-            held: held.clone(),
-            client: self.client,
-            lock: self.lock,
-            grant,
-            is_released: false,
-        })
+        Ok(guard)
     }
 
     /// Takes the lock for a lease that somebody else keeps alive, without a guard. Dropping the
@@ -548,13 +543,14 @@ impl Drop for Claim {
             acquire_request_id: self.request_id,
         });
         let liveness = self.liveness.clone();
-        self.runtime.spawn(insist(self.client.clone(), request, liveness));
+        let insisting = insist(self.client.clone(), request, liveness);
+        self.client.background.spawn(&self.runtime, insisting);
     }
 }
 
 /// Sends what ends a claim until it has been answered, for as long as the lease could keep the
 /// claim alive. Without a lease of this client it is sent once: the claim ends with its wait.
-async fn insist(client: Client, request: Request, liveness: Option<Arc<Liveness>>) {
+pub(super) async fn insist(client: Client, request: Request, liveness: Option<Arc<Liveness>>) {
     loop {
         let Err(error) = client.call(request.clone()).await else { return };
         tracing::debug!(%error, "could not end a claim on a lock");
@@ -573,100 +569,8 @@ async fn insist(client: Client, request: Request, liveness: Option<Arc<Liveness>
     }
 }
 
-/// A lock that is held, until this is dropped (which gives it back in the background), released,
-/// or lost.
-///
-/// Whatever it protects outside the cluster should check [`Guard::is_lost`] late and demand
-/// [`Guard::token`]: between the check and the deed the machine may sleep. Caveat: a guard does not
-/// hear of a lock that an operator breaks; a fence does.
-#[must_use = "the lock is given back when its guard is dropped"]
-pub struct Guard {
-    held: Arc<Held>,
-    client: Client,
-    lock: String,
-    grant: Grant,
-    is_released: bool,
-}
-
-impl Guard {
-    /// The lock's name.
-    pub fn name(&self) -> &str {
-        &self.lock
-    }
-
-    /// The fencing token: larger than that of any grant of the lock before. Whatever the lock
-    /// protects can refuse those who come with a smaller one, as a session's update does with
-    /// [`Update::fence`](super::Update::fence).
-    pub fn token(&self) -> u64 {
-        self.grant.token
-    }
-
-    /// The grant.
-    pub fn grant(&self) -> Grant {
-        self.grant
-    }
-
-    /// Returns when the lock is lost with its lease: at the latest 0.95 of the lease's time to live
-    /// after the sending of the last renewal that was acknowledged, and so before the cluster gives
-    /// the lock to anybody else.
-    pub fn lost(&self) -> impl Future<Output = Loss> + Send + use<> {
-        self.held.liveness.clone().lost()
-    }
-
-    /// Whether it is lost, by this machine's clock as of now.
-    pub fn is_lost(&self) -> bool {
-        self.held.liveness.loss().is_some()
-    }
-
-    /// Gives the lock back, and returns once others can have it.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::LockNotHeld`] when it was lost or broken before; [`Error::Unavailable`] and
-    /// [`Error::OutcomeUnknown`]: then it goes on being tried in the background.
-    pub async fn release(mut self) -> Result<(), Error> {
-        let mut progress = Progress::default();
-        // Should this future be dropped, or nobody answer, the guard's own end goes on with it.
-        let lease = Some(self.held.id);
-        let released =
-            self.client.release_lock(&self.lock, self.token(), lease, &mut progress).await;
-        match released {
-            // An earlier sending of the same has done it.
-            Err(Error::LockNotHeld { .. }) if progress.maybe_applied && !self.is_lost() => {
-                self.is_released = true;
-                Ok(())
-            }
-            released => {
-                self.is_released = matches!(released, Ok(_) | Err(Error::LockNotHeld { .. }));
-                released.map(drop)
-            }
-        }
-    }
-}
-
-impl Drop for Guard {
-    fn drop(&mut self) {
-        if self.is_released {
-            return;
-        }
-        let lock = std::mem::take(&mut self.lock);
-        let request = self.client.release_request(lock, self.token(), Some(self.held.id));
-        let liveness = Some(self.held.liveness.clone());
-        self.held.runtime.spawn(insist(self.client.clone(), request, liveness));
-    }
-}
-
-impl fmt::Debug for Guard {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Guard")
-            .field("lock", &self.lock)
-            .field("token", &self.grant.token)
-            .finish_non_exhaustive()
-    }
-}
-
 impl Client {
-    async fn release_lock(
+    pub(super) async fn release_lock(
         &self,
         lock: &str,
         token: u64,
@@ -680,7 +584,12 @@ impl Client {
         }
     }
 
-    fn release_request(&self, lock: String, token: u64, lease: Option<LeaseId>) -> Request {
+    pub(super) fn release_request(
+        &self,
+        lock: String,
+        token: u64,
+        lease: Option<LeaseId>,
+    ) -> Request {
         Request::ReleaseLock(v1::ReleaseLockRequest {
             context: None,
             namespace: self.namespace.to_string(),

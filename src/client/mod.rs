@@ -66,12 +66,14 @@
 //!
 //! Caveats: there is no TLS yet; and near caches, which would save the reads, are still to come.
 
+mod background;
 mod cluster;
 mod connection;
 #[cfg(test)]
 #[cfg(feature = "server")]
 mod coordination_test;
 mod error;
+mod guard;
 mod id;
 mod keeper;
 mod lease;
@@ -97,12 +99,13 @@ use crate::limits::{NAMESPACE_BYTES_MAX, REQUEST_BYTES_MAX, REQUEST_TIMEOUT_DEFA
 
 pub use self::cluster::NewMember;
 pub use self::error::Error;
+pub use self::guard::Guard;
 pub use self::id::{Handle, LeaseId, Selector, SessionId};
 pub use self::keeper::Renewals;
 pub use self::lease::{Lease, LeaseOptions, LeasePage, LeaseRecord, LeaseTiming, Leases, Renewal};
 pub use self::liveness::Loss;
 pub use self::lock::{
-    Acquire, Grant, Guard, LockHolder, LockMode, LockPage, LockRecord, LockWaiter, Locks,
+    Acquire, Grant, LockHolder, LockMode, LockPage, LockRecord, LockWaiter, Locks,
 };
 pub use self::ring::{
     Joined, Located, NewRingMember, Ring, RingMember, RingReadOptions, RingShares, Rings,
@@ -138,6 +141,7 @@ pub enum Transport {
 pub struct Client {
     pool: Arc<pool::Pool>,
     keeper: Arc<keeper::Keeper>,
+    background: Arc<background::Background>,
     request_ids: Arc<id::RequestIds>,
     namespace: Arc<str>,
     timeout: Duration,
@@ -189,6 +193,15 @@ impl Client {
     /// The same client with another timeout for its calls.
     pub fn with_timeout(&self, timeout: Duration) -> Self {
         Self { timeout, ..self.clone() }
+    }
+
+    /// Returns when nothing is under way any more that this client and its clones do in the
+    /// background because something was dropped: a guard's lock is given back, an Acquire
+    /// cancelled, a lease revoked. A short-lived program waits for it before it ends, as its end
+    /// would cut that off; where the cluster does not answer it takes until the leases are lost, so
+    /// it is best bounded. The renewal of leases is not waited for.
+    pub async fn settled(&self) {
+        self.background.settled().await;
     }
 }
 
@@ -309,6 +322,7 @@ impl ClientBuilder {
         Ok(Client {
             pool: pool::Pool::new(&options, self.clock),
             keeper: Arc::default(),
+            background: Arc::default(),
             request_ids: Arc::new(id::RequestIds::new()?),
             namespace: options.namespace.into(),
             timeout: options.timeout,

@@ -201,6 +201,11 @@ pub(super) struct Progress {
 }
 
 impl Progress {
+    /// That of a request that has been sent before, and has its name and dates from then.
+    pub(super) fn of_resend() -> Self {
+        Self { dated: true, sent: true, ..Self::default() }
+    }
+
     fn note(&mut self, error: Error, delay: Option<Duration>) -> Duration {
         self.failures = self.failures.saturating_add(1);
         self.last = Some(error);

@@ -88,11 +88,7 @@ impl Error {
 
     /// There is no such lease.
     pub fn lease_not_found() -> Self {
-        Self::new(
-            ErrorKind::NotFound,
-            "LEASE_NOT_FOUND",
-            "there is no such lease, or it has ended; what hung from it is gone",
-        )
+        Self::new(ErrorKind::NotFound, "LEASE_NOT_FOUND", "there is no such lease, or it has ended")
     }
 
     /// Nobody holds a lock of that name or waits for it.

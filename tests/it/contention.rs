@@ -189,7 +189,8 @@ impl Contest {
         let (paused, killed) = (count(End::Paused), self.killed.load(Ordering::Relaxed));
         let lost = count(End::Lost) + self.lost.load(Ordering::Relaxed) as usize;
         println!(
-            "{} turns: {paused} paused, {killed} killed, {lost} lost by slowness; {unknown} unknown",
+            "{} turns: {paused} paused, {killed} killed, {lost} lost by slowness; \
+             {unknown} unknown",
             turns.len()
         );
         assert!(paused > 0 && killed > 0 && count(End::Released) > 0);
@@ -291,7 +292,7 @@ impl Contender {
         self.output.read_line(&mut line).await.unwrap();
         let Ok(token) = line.trim_end().parse() else {
             let (code, stderr) = self.ended().await;
-            let is_lost = code == Some(4) && stderr.contains("could not be renewed in time");
+            let is_lost = code == Some(75) && stderr.contains("could not be renewed in time");
             assert!(is_killed || is_lost, "{code:?}: {stderr}");
             contest.lost.fetch_add(u64::from(is_lost), Ordering::Relaxed);
             return None;

@@ -12,7 +12,7 @@ use crate::random::size;
 const SH: &str = "/bin/sh";
 
 /// A lock that exists, as `lock show` prints it.
-async fn show(cluster: &Cluster, name: &str) -> Option<Value> {
+pub(crate) async fn show(cluster: &Cluster, name: &str) -> Option<Value> {
     let shown = cluster.cli(&["lock", "show", name, "--output=json"]).await;
     match shown.code {
         0 => Some(shown.json()["lock"].clone()),
@@ -24,8 +24,11 @@ async fn show(cluster: &Cluster, name: &str) -> Option<Value> {
 async fn held(cluster: &Cluster, name: &str) -> Value {
     eventually("the lock is held", async || {
         let lock = show(cluster, name).await;
-        let holder = lock.as_ref().map(|lock| lock["holders"][0].clone());
-        holder.filter(|holder| !holder.is_null()).ok_or_else(|| format!("{lock:?}"))
+        // One that was lost is there too, for as long as its lock-delay.
+        let holds = |holder: &&Value| holder["lock_delay_remaining"].is_null();
+        let holders = lock.as_ref().and_then(|lock| lock["holders"].as_array());
+        let holder = holders.and_then(|holders| holders.iter().find(holds));
+        holder.cloned().ok_or_else(|| format!("{lock:?}"))
     })
     .await
 }
@@ -52,10 +55,13 @@ async fn a_command_runs_under_a_lock_and_has_its_token() {
     // A signal that ends the command, as a shell says it.
     assert_eq!(exec(&cluster, &[], "kill -KILL $$").await.code, 137);
     // What this process is told, the command is told, and the lock is given back after its end.
-    let script = "trap 'exit 9' TERM; kill -TERM $PPID; while :; do sleep 0.05; done";
-    let told = exec(&cluster, &[], script).await;
-    assert_eq!(told.code, 9, "{told:?}");
-    assert_eq!(show(&cluster, "job").await, None);
+    for (name, _) in crate::endings::signals() {
+        let script = "while :; do sleep 0.05; done";
+        let script = format!("trap 'exit 9' {name}; kill -{name} $PPID; {script}");
+        let told = exec(&cluster, &[], &script).await;
+        assert_eq!(told.code, 9, "{name}: {told:?}");
+        assert_eq!(show(&cluster, "job").await, None);
+    }
     assert_eq!(cluster.cli(&["lease", "list"]).await.stdout.lines().count(), 1);
 }
 
@@ -119,10 +125,115 @@ async fn a_command_is_stopped_when_its_lock_is_lost() {
             let revoked = cluster.cli(&["lease", "revoke", lease]).await;
             assert_eq!(revoked.code, 0, "{revoked:?}");
         };
-        let (stopped, ()) = tokio::join!(exec(&cluster, &["--ttl=3s"], script), revoking);
+        let (stopped, ()) =
+            tokio::join!(exec(&cluster, &["--ttl=3s", "--wait=10s"], script), revoking);
         assert_eq!(stopped.code, code, "{stopped:?}");
         assert!(stopped.stderr.contains("the lock is lost"), "{stopped:?}");
     }
+}
+
+#[tokio::test]
+async fn what_a_command_has_started_goes_with_it() {
+    let cluster = Cluster::start("lock group").await;
+    let file = cluster.path().join("pid");
+    // The command goes when told so; what it has started does not.
+    let script = format!(
+        "{SH} -c 'trap \"\" TERM; echo $$ > {}; while :; do sleep 0.05; done' & \
+         trap 'exit 0' TERM; while :; do sleep 0.05; done",
+        file.display()
+    );
+    let breaking = async {
+        let pid = eventually("the grandchild runs", async || {
+            let pid = std::fs::read_to_string(&file).unwrap_or_default();
+            pid.trim().parse::<u32>().map_err(|error| error.to_string())
+        })
+        .await;
+        let token = held(&cluster, "job").await["token"].clone();
+        let token = format!("--token={token}");
+        let broken = cluster.cli(&["lock", "break", "job", &token]).await;
+        assert_eq!(broken.code, 0, "{broken:?}");
+        pid
+    };
+    let (stopped, pid) = tokio::join!(exec(&cluster, &["--ttl=3s"], &script), breaking);
+    assert_eq!(stopped.code, 4, "{stopped:?}");
+    for words in ["the lock is lost: somebody has taken it away", "what the command has started"] {
+        assert!(stopped.stderr.contains(words), "{stopped:?}");
+    }
+    eventually("the grandchild is gone", async || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // Who has ended may still be listed, until somebody has asked how.
+        let lives = !stat.is_empty() && !stat.contains(") Z ");
+        if lives { Err(stat) } else { Ok(()) }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_command_that_succeeds_without_its_lock_has_not() {
+    let cluster = Cluster::start("lock broken").await;
+    let go = cluster.path().join("go");
+    let wait = format!("until [ -e {} ]; do sleep 0.05; done", go.display());
+    // Well-behaved, whichever comes first: the end of its work, or that it is told to go.
+    let script = format!("trap 'exit 0' TERM; {wait}");
+    let breaking = async {
+        let token = held(&cluster, "job").await["token"].clone();
+        let token = format!("--token={token}");
+        let broken = cluster.cli(&["lock", "break", "job", &token]).await;
+        assert_eq!(broken.code, 0, "{broken:?}");
+        // Nobody else gets it for as long as a command would have been given to end.
+        let shown = cluster.cli(&["lock", "show", "job"]).await;
+        assert!(shown.stdout.contains("(lost)"), "{shown:?}");
+        assert!(shown.stdout.contains("kept for "), "{shown:?}");
+        let listed = cluster.cli(&["lock", "list", "--output=json"]).await.json();
+        assert!(listed["first_holder"]["lock_delay_remaining"].is_string(), "{listed}");
+        assert!(listed["first_holder"]["request_id"].is_string(), "{listed}");
+        crate::cluster::write_file(&go, b"");
+    };
+    let (ended, ()) = tokio::join!(exec(&cluster, &["--ttl=10m"], &script), breaking);
+    assert_eq!(ended.code, 4, "{ended:?}");
+    assert!(ended.stderr.contains("taken"), "{ended:?}");
+}
+
+#[tokio::test]
+async fn who_gives_a_lock_back_to_nobody_does_not_wait_for_long() {
+    let mut cluster = Cluster::start("lock parting").await;
+    let go = cluster.path().join("go");
+    let script = format!("until [ -e {} ]; do sleep 0.05; done", go.display());
+    let endpoints = format!("--endpoints={}", cluster.addresses().join(","));
+    let words = ["lock", "exec", "job", "--ttl=10m", "--timeout=60s", "--", SH, "-c", &*script];
+    let words = std::iter::once(endpoints).chain(words.map(str::to_owned)).collect();
+    let running = tokio::spawn(crate::cluster::run(words, Vec::new()));
+    held(&cluster, "job").await;
+    cluster.kill_all();
+    crate::cluster::write_file(&go, b"");
+    let ended = tokio::time::timeout(Duration::from_secs(30), running).await;
+    let ended = ended.expect("it does not wait for --timeout").unwrap();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(ended.stderr.contains("could not give the lock back in time"), "{ended:?}");
+    assert_eq!(ended.stderr.lines().count(), 1, "{ended:?}");
+}
+
+#[tokio::test]
+async fn a_guard_behind_a_hundred_others_finds_out_that_it_was_broken() {
+    let cluster = Cluster::start("lock verify").await;
+    let client = cluster.client();
+    let locks = client.locks();
+    let lease = client.leases().grant(LeaseOptions::new()).await.unwrap();
+    let mut guards = Vec::new();
+    for _ in 0..104 {
+        guards.push(locks.lock("job").shared().acquire(&lease).await.unwrap());
+    }
+    for guard in [&guards[0], &guards[102]] {
+        guard.verify().await.unwrap();
+        locks.break_lock("job", guard.token(), true).await.unwrap();
+        let error = guard.verify().await.unwrap_err();
+        assert!(matches!(error, Error::LockNotHeld { .. }), "{error:?}");
+    }
+    guards[103].verify().await.unwrap();
+    drop(guards);
+    drop(lease);
+    client.settled().await;
+    assert_eq!(show(&cluster, "job").await, None, "all is given back");
 }
 
 #[tokio::test]

@@ -15,6 +15,7 @@ mod cluster;
 mod contention;
 mod corruption;
 mod direct;
+mod endings;
 mod expiry;
 mod formation;
 mod freshness;
