@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use super::convert::boundary_encode;
 use super::halt::Halt;
 use super::log::Durable;
-use super::machine::{Core, Dirty, Taken};
+use super::machine::{Core, Taken};
 use crate::clock::Clock;
 use crate::state;
 use crate::storage::checkpoint::{CheckpointError, CheckpointStore, FrozenCheckpoint};
@@ -107,6 +107,15 @@ pub(crate) struct CheckpointerParts {
     pub(crate) snapshot_due: Box<dyn Fn() + Send>,
 }
 
+/// Has this thread go behind those that answer requests, where cores are few: it gets a quarter of
+/// one that both want.
+fn step_back() {
+    // On Linux that is a thread's own.
+    if let Err(error) = rustix::process::nice(6) {
+        tracing::debug!(%error, "cannot lower the priority of checkpoints");
+    }
+}
+
 impl Checkpointer {
     pub(crate) fn start(parts: CheckpointerParts) -> io::Result<Self> {
         let (messages, inbox) = sync_channel(16);
@@ -117,9 +126,10 @@ impl Checkpointer {
             ..Shared::default()
         }));
         let worker = Worker { parts, shared: shared.clone() };
-        let thread = std::thread::Builder::new()
-            .name("checkpoint".into())
-            .spawn(move || worker.run(&inbox))?;
+        let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
+            step_back();
+            worker.run(&inbox);
+        })?;
         let this = Self { messages, shared };
         this.lock().thread = Some(thread);
         Ok(this)
@@ -238,7 +248,7 @@ impl Worker {
             self.replace(&file)?;
         }
         let count = changes.len();
-        let mut encoded = changes.into_iter().map(|(key, Dirty { after: record, .. })| {
+        let mut encoded = changes.into_records().map(|(key, record)| {
             let value = record.map(|record| {
                 let mut value = Vec::new();
                 state::encode_record(&record, &mut value);
@@ -292,6 +302,7 @@ impl Worker {
         std::thread::Builder::new()
             .name("snapshot".into())
             .spawn(move || {
+                step_back();
                 let built = write_snapshot(&frozen, &directory);
                 drop(frozen);
                 let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);

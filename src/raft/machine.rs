@@ -9,8 +9,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _};
-use hashbrown::HashMap;
-use hashbrown::hash_map::Entry;
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
 use tokio::sync::watch;
@@ -18,11 +16,12 @@ use tokio::sync::watch;
 use super::checkpointer::Checkpointer;
 use super::clock::ClusterClock;
 use super::convert::{Boundary, boundary_decode};
+use super::dirty::DirtyMap;
 use super::following::{Calls, Following};
 use super::types::{
     CommittedLeaderId, LogId, Member, PackReply, SnapshotMeta, StoredMembership, TypeConfig,
 };
-use crate::state::{self, Change, Record, RecordKey, Reply, Restore, Revision, State};
+use crate::state::{self, Change, RecordKey, Reply, Restore, Revision, State};
 use crate::storage::snapshot::{SnapshotError, SnapshotFile, SnapshotReader};
 
 type Snapshot = openraft::storage::Snapshot<CommittedLeaderId, u64, Member, SnapshotFile>;
@@ -54,7 +53,7 @@ struct Inner {
     state: State,
     last_applied: Option<LogId>,
     membership: StoredMembership,
-    dirty: HashMap<RecordKey, Dirty>,
+    dirty: DirtyMap,
     /// A snapshot that has replaced the state since the last checkpoint: the next one begins with
     /// it, and the dirty map holds what came after it.
     installed: Option<SnapshotFile>,
@@ -62,33 +61,11 @@ struct Inner {
     changes: Vec<Change>,
 }
 
-/// A record that has changed since the last take.
-pub(crate) struct Dirty {
-    /// As it is now; `None` if it is gone.
-    pub(crate) after: Option<Record>,
-    /// Whether there was no such record at the last take, and so there is none in any checkpoint.
-    created: bool,
-}
-
-/// Takes note of a change. What came and went between two takes leaves nothing to write: a lock
-/// that is acquired and released a thousand times a second has a record under a new key each time.
-fn note(dirty: &mut HashMap<RecordKey, Dirty>, change: Change) {
-    match dirty.entry(change.key) {
-        Entry::Vacant(entry) => {
-            entry.insert(Dirty { after: change.after, created: change.before.is_none() });
-        }
-        Entry::Occupied(entry) if entry.get().created && change.after.is_none() => {
-            entry.remove();
-        }
-        Entry::Occupied(mut entry) => entry.get_mut().after = change.after,
-    }
-}
-
 /// What a checkpoint has to write.
 pub(crate) struct Taken {
     pub(crate) boundary: Boundary,
     pub(crate) installed: Option<SnapshotFile>,
-    pub(crate) changes: HashMap<RecordKey, Dirty>,
+    pub(crate) changes: DirtyMap,
 }
 
 impl Core {
@@ -110,7 +87,7 @@ impl Core {
                 state,
                 last_applied,
                 membership,
-                dirty: HashMap::new(),
+                dirty: DirtyMap::default(),
                 installed,
                 changes: Vec::new(),
             }),
@@ -197,7 +174,7 @@ impl Core {
         self.following.installed(&inner.state, &mut calls);
         inner.last_applied = boundary.log_id;
         inner.membership = boundary.membership;
-        inner.dirty = HashMap::new();
+        inner.dirty = DirtyMap::default();
         inner.installed = Some(file);
         drop(inner);
         self.applied.send_replace(applied);
@@ -249,7 +226,7 @@ impl Inner {
             if traced {
                 trace(&change);
             }
-            note(&mut self.dirty, change);
+            self.dirty.note(change);
         }
         Ok(replies)
     }
@@ -396,62 +373,5 @@ impl RaftSnapshotBuilder<TypeConfig> for SnapshotBuilder {
         let file = self.checkpointer.build_snapshot().await?;
         let boundary = load_snapshot_header(&file)?;
         Ok(Snapshot { meta: snapshot_meta(&boundary), snapshot: file })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::state::{Cause, Digest, Namespace, SessionKey};
-
-    #[test]
-    fn what_came_and_went_is_not_written() {
-        let key = |number: u8| {
-            let namespace = Namespace(Arc::from("n"));
-            RecordKey::Tombstone(SessionKey { namespace, digest: Digest([number; 16]) })
-        };
-        let record = some_record();
-        let change = |number, before: bool, after: bool| Change {
-            revision: Revision(1),
-            key: key(number),
-            before: before.then(|| record.clone()),
-            after: after.then(|| record.clone()),
-            cause: Cause::Updated,
-        };
-        let mut dirty = HashMap::new();
-        // Created and gone; created, gone and created; there before and gone; there and created
-        // anew.
-        let history: [&[(bool, bool)]; 4] = [
-            &[(false, true), (true, true), (true, false)],
-            &[(false, true), (true, false), (false, true)],
-            &[(true, true), (true, false)],
-            &[(true, false), (false, true)],
-        ];
-        for (number, steps) in (0..).zip(history) {
-            for (before, after) in steps {
-                note(&mut dirty, change(number, *before, *after));
-            }
-        }
-        let written = |number| dirty.get(&key(number)).map(|dirty| dirty.after.is_some());
-        assert_eq!([0, 1, 2, 3].map(written), [None, Some(true), Some(false), Some(true)]);
-    }
-
-    /// Any record: what is in it does not matter here.
-    fn some_record() -> Record {
-        let mut state = State::new();
-        let mut changes = Vec::new();
-        let namespace = Namespace(Arc::from("n"));
-        let request =
-            state::Request { id: 1, first_sent: Default::default(), expires: Default::default() };
-        let command = state::Command::CreateSession {
-            request,
-            key: SessionKey { namespace, digest: Digest([0; 16]) },
-            principal: None,
-            attributes: Vec::new(),
-            idle_timeout: None,
-            absolute_timeout: None,
-        };
-        state.apply(&command, false, &mut changes);
-        changes.pop().and_then(|change| change.after).unwrap()
     }
 }

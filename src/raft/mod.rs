@@ -13,6 +13,7 @@ mod barrier;
 mod checkpointer;
 mod clock;
 mod convert;
+mod dirty;
 mod exchange;
 mod following;
 #[cfg(test)]
