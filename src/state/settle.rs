@@ -24,6 +24,9 @@ use super::retry::Requests;
 use super::ring::{Member, MemberKey, Ring, RingKey};
 use crate::limits::EXPIRE_BATCH_MAX;
 
+/// Most holders of one lock that a command looks at while any may be lost.
+const HOLDERS_MET_MAX: usize = 1_000;
+
 /// One call of `apply` at work.
 ///
 /// - It ends or grants at most `EXPIRE_BATCH_MAX` records beside what its command is about.
@@ -246,7 +249,7 @@ impl State {
         if self.has_steady_due() {
             let Some(place) = self.records.lock(lock) else { return };
             let met: Vec<_> =
-                place.takers().take(EXPIRE_BATCH_MAX).map(|(order, _)| order).collect();
+                place.takers().take(HOLDERS_MET_MAX).map(|(order, _)| order).collect();
             for order in met {
                 let key = ClaimKey { lock: lock.clone(), order };
                 self.end_met(&key, step);
