@@ -22,7 +22,7 @@ pub(super) const UNFINISHED_SUFFIX: &str = ".wal.tmp";
 pub(super) const FIRST_BATCH: u64 = BLOCK_BYTES as u64;
 /// Zeros are written in pieces of this many bytes, each synced before the next, so that no
 /// sync of the log ever waits behind a whole segment of them.
-const ZERO_PIECE_BYTES: usize = 256 * 1024;
+const ZERO_PIECE_BYTES: usize = 1024 * 1024;
 
 /// An open segment. A reader's handle outlives the removal of the file.
 pub(super) struct Segment {
@@ -37,19 +37,17 @@ pub(super) struct Segment {
 }
 
 impl Segment {
-    /// Makes a segment ready for use: zeros and header on disk, then its name. `rest` is called
-    /// after each piece.
+    /// Makes a segment ready for use: zeros and header on disk, then its name.
     pub(super) fn prepare(
         files: &dyn Files,
         directory: &Path,
         number: u32,
         salt: u64,
         length: u64,
-        mut rest: impl FnMut(),
     ) -> Result<Segment, WalError> {
         let path = directory.join(file_name(number));
         let unfinished = directory.join(format!("{number:010}{UNFINISHED_SUFFIX}"));
-        let mut write = || -> io::Result<Arc<dyn File>> {
+        let write = || -> io::Result<Arc<dyn File>> {
             let file = files.create(&unfinished)?;
             let mut piece = BlockBuffer::default();
             piece.reset(ZERO_PIECE_BYTES.min(length as usize));
@@ -62,7 +60,6 @@ impl Segment {
                 file.sync_data()?;
                 offset += bytes as u64;
                 piece[..BLOCK_BYTES].fill(0);
-                rest();
             }
             file.sync_all()?;
             files.rename(&unfinished, &path)?;

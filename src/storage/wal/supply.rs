@@ -1,29 +1,19 @@
-//! Prepares the next segment and removes purged ones, off the log's thread. No write waits for it
-//! unless it comes faster than zeros can be written, nor often behind it: the disk is left to the
-//! log for most of the time, as long as nobody waits for the segment.
+//! Prepares the next segment and removes purged ones, off the log's thread: either takes tens of
+//! milliseconds, and no write waits for it unless it comes faster than zeros can be written.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
 
 use super::segment::Segment;
-use super::writer::now;
 use super::{WalError, io_error};
 use crate::storage::file::Files;
 
 /// Bytes of a log's first segment, if not less is asked for; each that follows is twice as long,
 /// up to the full length. A node that writes little starts at once and takes up little.
 const FIRST_SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
-
-/// How much longer a rest is than the piece of zeros before it. The log gets three quarters of the
-/// disk, and what is left is several times what it can fill.
-const REST_FACTOR: u32 = 3;
-/// A disk that stalls is not made to wait as well.
-const REST_MAX: Duration = Duration::from_millis(10);
 
 /// Does the work, on whatever thread.
 pub(super) struct Workshop {
@@ -47,11 +37,11 @@ impl Workshop {
         Workshop { files, directory, salt, segment_bytes, removal_failed: false }
     }
 
-    fn prepare(&self, number: u32, rest: impl FnMut()) -> Result<Segment, WalError> {
+    fn prepare(&self, number: u32) -> Result<Segment, WalError> {
         let bytes = FIRST_SEGMENT_BYTES
             .saturating_mul(1 << number.saturating_sub(1).min(16))
             .min(self.segment_bytes);
-        Segment::prepare(&*self.files, &self.directory, number, self.salt, bytes, rest)
+        Segment::prepare(&*self.files, &self.directory, number, self.salt, bytes)
     }
 
     /// Removes the oldest segment's file, durably, before any other can follow.
@@ -78,8 +68,6 @@ enum Place {
         /// Absent once the thread has been told to end.
         errands: Option<Sender<Errand>>,
         prepared: Receiver<Result<Segment, WalError>>,
-        /// Set while somebody waits for a segment.
-        wanted: Arc<AtomicBool>,
         thread: Option<JoinHandle<()>>,
     },
     /// Errands are run by the caller, when the result is needed, so that a test knows the order of
@@ -145,16 +133,13 @@ impl Supply {
     fn wait(&mut self) -> Result<Arc<Segment>, WalError> {
         self.under_way = false;
         let segment = match &mut self.place {
-            Place::Here(shop) => shop.prepare(self.next_number, || {})?,
-            Place::Thread { prepared, wanted, .. } => match prepared.try_recv() {
+            Place::Here(shop) => shop.prepare(self.next_number)?,
+            Place::Thread { prepared, .. } => match prepared.try_recv() {
                 Ok(segment) => segment?,
                 Err(TryRecvError::Disconnected) => return Err(WalError::Stopped),
                 Err(TryRecvError::Empty) => {
                     self.waits += 1;
-                    wanted.store(true, Ordering::Relaxed);
-                    let segment = prepared.recv().unwrap_or(Err(WalError::Stopped));
-                    wanted.store(false, Ordering::Relaxed);
-                    segment?
+                    prepared.recv().unwrap_or(Err(WalError::Stopped))?
                 }
             },
         };
@@ -187,16 +172,13 @@ impl Place {
         let directory = shop.directory.clone();
         let (errands, todo) = channel();
         let (ready, prepared) = channel();
-        let wanted = Arc::new(AtomicBool::new(false));
-        let hurry = wanted.clone();
         let thread = thread::Builder::new()
             .name("quorate-wal-files".to_owned())
             .spawn(move || {
                 for errand in todo {
                     match errand {
                         Errand::Prepare(number) => {
-                            let mut pace = Pace { hurry: hurry.clone(), last: now() };
-                            if ready.send(shop.prepare(number, || pace.rest())).is_err() {
+                            if ready.send(shop.prepare(number)).is_err() {
                                 return;
                             }
                         }
@@ -205,29 +187,13 @@ impl Place {
                 }
             })
             .map_err(|error| io_error("start a thread for", &directory, error))?;
-        Ok(Place::Thread { errands: Some(errands), prepared, wanted, thread: Some(thread) })
-    }
-}
-
-/// Leaves the disk alone between two pieces of zeros, unless somebody waits for them.
-struct Pace {
-    hurry: Arc<AtomicBool>,
-    last: Instant,
-}
-
-impl Pace {
-    fn rest(&mut self) {
-        if !self.hurry.load(Ordering::Relaxed) {
-            thread::sleep((self.last.elapsed() * REST_FACTOR).min(REST_MAX));
-        }
-        self.last = now();
+        Ok(Place::Thread { errands: Some(errands), prepared, thread: Some(thread) })
     }
 }
 
 impl Drop for Supply {
     fn drop(&mut self) {
-        if let Place::Thread { errands, wanted, thread, .. } = &mut self.place {
-            wanted.store(true, Ordering::Relaxed);
+        if let Place::Thread { errands, thread, .. } = &mut self.place {
             drop(errands.take());
             if let Some(thread) = thread.take() {
                 let _ = thread.join();

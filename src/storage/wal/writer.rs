@@ -389,7 +389,7 @@ fn take_queue(state: &mut State, pending: &mut VecDeque<Operation>) {
     pending.extend(state.queue.drain(..));
 }
 
-#[expect(clippy::disallowed_methods, reason = "measures the disk, and decides its pace only")]
-pub(super) fn now() -> Instant {
+#[expect(clippy::disallowed_methods, reason = "measures the disk and decides nothing")]
+fn now() -> Instant {
     Instant::now()
 }

@@ -63,7 +63,7 @@ b1 9e 07 82 76 68 65 61 64 70 61 79 6c 6f 61 64
 fn a_segment_has_these_bytes() {
     let files = FaultyFiles::new();
     files.create_dir_all(directory()).unwrap();
-    let prepared = Segment::prepare(&files, directory(), 3, 0x1122_3344, 16384, || {}).unwrap();
+    let prepared = Segment::prepare(&files, directory(), 3, 0x1122_3344, 16384).unwrap();
     let content = files.content(&directory().join("0000000003.wal"));
     assert_eq!(content.len(), 16384);
     assert!(content[36..].iter().all(|byte| *byte == 0));
