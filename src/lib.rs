@@ -45,7 +45,7 @@
 //!    of the [`state::State`] to the stamp, and applies command by command. Applying cannot fail:
 //!    what cannot be done is a [`state::Rejection`] inside the reply.
 //! 7. The replies go back through the callbacks of steps 3 and 2, and `wire` encodes them. The
-//!    changes go into the dirty map (`raft::dirty`), for the next checkpoint; nobody waits for that.
+//!    changes go into the dirty map (`raft::dirty`) for the next checkpoint; nobody waits for it.
 //!
 //! # The life of a read
 //!

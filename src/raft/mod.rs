@@ -5,9 +5,9 @@
 //! go; `lanes` says in which order, and `proposals` packs them into entries; `barrier` makes reads
 //! linearizable; `machine` applies, and `following` tells who waits for a lock; `sweeper` answers
 //! whoever has waited long enough for any of these; `dirty` collects what has changed, of which
-//! `checkpointer` keeps the durable copy; `clock` and `ticker` are time; `log`, `network`, `exchange` and `peer` are the disk and
-//! the wire as Raft uses them, by way of `types` and `convert`; `status` and `halt` are for the
-//! operator.
+//! `checkpointer` keeps the durable copy; `clock` and `ticker` are time; `log`, `network`,
+//! `exchange` and `peer` are the disk and the wire as Raft uses them, by way of `types` and
+//! `convert`; `status` and `halt` are for the operator.
 
 mod barrier;
 mod checkpointer;

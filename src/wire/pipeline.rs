@@ -4,8 +4,8 @@
 //! answer into the stream's outbox. A request is under way until its answer has left the outbox
 //! for the transport; at the limit, of their number or of the bytes in the outbox, nothing more is
 //! read, and the client's sends are stopped by flow control. What was under way by then may still
-//! be answered by a megabyte each, so beyond twice those bytes reads are refused: a client that does
-//! not read its answers cannot make the node hold much.
+//! be answered by a megabyte each, so beyond twice those bytes reads are refused: a client that
+//! does not read its answers cannot make the node hold much.
 //!
 //! An Acquire that waits for its lock is counted apart until it is answered, and beyond a limit of
 //! its own it is refused. Were it under way, enough of them would keep the node from reading the
