@@ -18,6 +18,7 @@ use quorate::proto::v1::{NodeRole, StatusResponse};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::direct::Direct;
@@ -66,6 +67,7 @@ pub(crate) struct Cluster {
     pub(crate) options: Options,
     name: &'static str,
     seed: u64,
+    start: Instant,
     directory: TempDir,
     nodes: BTreeMap<u64, Node>,
     /// A process that is to refuse.
@@ -125,11 +127,16 @@ pub(crate) async fn eventually<T>(
 ) -> T {
     let patience = Patience::new();
     loop {
-        match attempt().await {
+        match tokio::time::timeout(PATIENCE, attempt()).await.expect(what) {
             Ok(found) => return found,
             Err(obstacle) => patience.pause(what, &obstacle).await,
         }
     }
+}
+
+/// What tasks that have been told to end come to; ends the test if one never does.
+pub(crate) async fn ended<T: 'static>(tasks: JoinSet<T>) -> Vec<T> {
+    tokio::time::timeout(PATIENCE, tasks.join_all()).await.expect("all tasks end")
 }
 
 impl Cluster {
@@ -161,7 +168,18 @@ impl Cluster {
             child: None,
         };
         let nodes = (1..=options.nodes).map(|id| (id, node(id))).collect();
-        Self { random, options, name, seed, directory, nodes, refusing: None, _permit: permit }
+        let start = Instant::now();
+        Self {
+            random,
+            options,
+            name,
+            seed,
+            start,
+            directory,
+            nodes,
+            refusing: None,
+            _permit: permit,
+        }
     }
 
     pub(crate) fn ids(&self) -> Vec<u64> {
@@ -226,6 +244,11 @@ impl Cluster {
         arguments
     }
 
+    /// Says what happens to a node, for whoever reads of a failure.
+    fn tell(&self, what: &str, id: u64) {
+        println!("{} after {:.1?}: {what} node {id}", self.name, self.start.elapsed());
+    }
+
     /// Starts a node that is not running, and waits for nothing.
     pub(crate) fn spawn(&mut self, id: u64) {
         let arguments = self.arguments(id);
@@ -233,6 +256,7 @@ impl Cluster {
     }
 
     pub(crate) fn spawn_with(&mut self, id: u64, arguments: &[String]) {
+        self.tell("start", id);
         let node = self.node(id);
         assert!(node.child.is_none(), "node {id} is running already");
         let trace = OpenOptions::new().create(true).append(true).open(&node.trace).unwrap();
@@ -264,6 +288,7 @@ impl Cluster {
 
     /// `kill -9`, and waits until the process is gone.
     pub(crate) fn kill(&mut self, id: u64) {
+        self.tell("kill", id);
         let mut child = self.node(id).child.take().expect("the node is running");
         child.kill().unwrap();
         child.wait().unwrap();
@@ -284,10 +309,12 @@ impl Cluster {
 
     /// Stops the node's time: it keeps its connections and says nothing.
     pub(crate) fn pause(&mut self, id: u64) {
+        self.tell("pause", id);
         self.signal(id, Signal::STOP);
     }
 
     pub(crate) fn resume(&mut self, id: u64) {
+        self.tell("resume", id);
         self.signal(id, Signal::CONT);
     }
 

@@ -22,7 +22,7 @@ use tokio::process::{Child, ChildStdout, Command};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::cluster::{Cluster, Patience, eventually, quorate};
+use crate::cluster::{Cluster, Patience, ended, eventually, quorate};
 use crate::random::size;
 
 const LOCK: &str = "counter";
@@ -126,7 +126,7 @@ async fn contend(contenders: u64, kills: usize, pace: Pace) {
     }
     contest.pass(pace, &mut contending).await;
     contest.stop.store(true, Ordering::Relaxed);
-    let turns: Vec<Turn> = contending.join_all().await.into_iter().flatten().collect();
+    let turns: Vec<Turn> = ended(contending).await.into_iter().flatten().collect();
     observing.await.unwrap();
     contest.check(&turns).await;
     eventually("nobody has the lock or waits for it", async || {

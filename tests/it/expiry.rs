@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::cluster::{Cluster, Options};
+use crate::cluster::{Cluster, Options, ended};
 use crate::direct::Direct;
 use crate::keeper::{Kept, Promise};
 use crate::random::size;
@@ -54,9 +54,9 @@ async fn expiries(kills: u64) {
         cluster.serving(leader).await;
     }
     let mut expected: BTreeSet<String> =
-        watching.join_all().await.into_iter().map(|promise| promise.handle).collect();
+        ended(watching).await.into_iter().map(|promise| promise.handle).collect();
     stop.send_replace(true);
-    for (promise, end) in keeping.join_all().await {
+    for (promise, end) in ended(keeping).await {
         if end == Kept::Lapsed {
             println!("the machine was too slow to keep a session for {KEPT_IDLE_MILLIS} ms");
             expected.insert(promise.handle);

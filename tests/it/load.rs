@@ -17,7 +17,7 @@ use std::time::Duration;
 use quorate::client::{Client, Error, NewSession, Session, SessionId, Sessions, Update};
 use tokio::task::JoinSet;
 
-use crate::cluster::{Cluster, Patience, eventually};
+use crate::cluster::{Cluster, Patience, ended, eventually};
 use crate::random::Random;
 
 const COUNTERS: u64 = 4;
@@ -108,7 +108,7 @@ impl Load {
     /// Ends the writers, each after the write that it is at.
     pub(crate) async fn finish(self) -> Report {
         self.stop.store(true, Ordering::Relaxed);
-        let writers = self.writers.join_all().await;
+        let writers = ended(self.writers).await;
         Report { counters: self.counters, writers }
     }
 }

@@ -6,7 +6,7 @@ use quorate::client::{Error, LeaseOptions, Locks};
 use serde_json::Value;
 use tokio::task::JoinSet;
 
-use crate::cluster::{Cluster, Output, eventually};
+use crate::cluster::{Cluster, Output, ended, eventually};
 use crate::random::size;
 
 const SH: &str = "/bin/sh";
@@ -313,7 +313,7 @@ async fn a_hundred_who_wait_keep_their_places_when_the_leader_is_killed() {
     in_line(&locks, count).await;
     let mut last = held.token();
     held.release().await.unwrap();
-    let mut served = waiting.join_all().await;
+    let mut served = ended(waiting).await;
     served.sort_unstable();
     for (place, token) in served {
         assert!(token > last, "place {place} was served by token {token}, after {last}");

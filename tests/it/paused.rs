@@ -6,7 +6,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tonic::{Code, Status};
 
-use crate::cluster::{Cluster, Patience};
+use crate::cluster::{Cluster, Patience, ended};
 use crate::direct::{Direct, is_transient};
 use crate::keeper::{Kept, Promise};
 use crate::random::size;
@@ -77,7 +77,7 @@ async fn pause(cluster: &mut Cluster) {
         changed && deleted
     });
     let _ = futures_util::future::join_all(&mut answered).await;
-    waiting.join_all().await;
+    ended(waiting).await;
     let patience = Patience::new();
     while !(expected.changed().await && expected.deleted().await) {
         patience.pause("the node that slept serves", "it answers with errors").await;

@@ -14,7 +14,7 @@ use quorate::client::{Error, NewSession, SessionId, Sessions, Update};
 use tokio::task::JoinSet;
 use tonic::Code;
 
-use crate::cluster::{Cluster, Patience, eventually};
+use crate::cluster::{Cluster, Patience, ended, eventually};
 use crate::direct::{Direct, is_transient};
 use crate::random::{Random, size};
 
@@ -115,7 +115,7 @@ async fn faults(count: u64) {
     }
     progress(&mut players, &done, 100).await;
     stop.store(true, Ordering::Relaxed);
-    events.extend(players.join_all().await.into_iter().flatten());
+    events.extend(ended(players).await.into_iter().flatten());
     for (register, version) in versions.into_iter().enumerate() {
         let events: Vec<Event> =
             events.iter().filter(|event| event.register == register).cloned().collect();
