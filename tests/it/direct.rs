@@ -7,7 +7,7 @@ use quorate::proto::v1;
 use quorate::proto::v1::cluster_service_client::ClusterServiceClient;
 use quorate::proto::v1::session_service_client::SessionServiceClient;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request, Response, Status};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
@@ -45,6 +45,21 @@ impl Direct {
         call
     }
 
+    /// Ends a call at its deadline whatever it waits for. The transport's own timer covers what
+    /// precedes the answer's headers: a node that is paused behind them would be waited for.
+    async fn within<M>(
+        &self,
+        calling: impl Future<Output = Result<Response<M>, Status>>,
+    ) -> Result<M, Status> {
+        let answered = match self.timeout {
+            Some(timeout) => tokio::time::timeout(timeout, calling)
+                .await
+                .unwrap_or_else(|_| Err(Status::deadline_exceeded("the node fell silent"))),
+            None => calling.await,
+        };
+        answered.map(Response::into_inner)
+    }
+
     pub(crate) fn sessions(&self) -> SessionServiceClient<Channel> {
         SessionServiceClient::new(self.channel.clone())
     }
@@ -53,32 +68,28 @@ impl Direct {
         &self,
         request: v1::CreateSessionRequest,
     ) -> Result<v1::CreateSessionResponse, Status> {
-        let reply = self.sessions().create_session(self.call(request)).await?;
-        Ok(reply.into_inner())
+        self.within(self.sessions().create_session(self.call(request))).await
     }
 
     pub(crate) async fn update(
         &self,
         request: v1::UpdateSessionRequest,
     ) -> Result<v1::UpdateSessionResponse, Status> {
-        let reply = self.sessions().update_session(self.call(request)).await?;
-        Ok(reply.into_inner())
+        self.within(self.sessions().update_session(self.call(request))).await
     }
 
     pub(crate) async fn touch(
         &self,
         request: v1::TouchSessionRequest,
     ) -> Result<v1::TouchSessionResponse, Status> {
-        let reply = self.sessions().touch_session(self.call(request)).await?;
-        Ok(reply.into_inner())
+        self.within(self.sessions().touch_session(self.call(request))).await
     }
 
     pub(crate) async fn delete(
         &self,
         request: v1::DeleteSessionRequest,
     ) -> Result<v1::DeleteSessionResponse, Status> {
-        let reply = self.sessions().delete_session(self.call(request)).await?;
-        Ok(reply.into_inner())
+        self.within(self.sessions().delete_session(self.call(request))).await
     }
 
     pub(crate) async fn get(&self, id: &SessionId) -> Result<v1::GetSessionResponse, Status> {
@@ -95,25 +106,24 @@ impl Direct {
             consistency: consistency.into(),
             ..v1::GetSessionRequest::default()
         };
-        let reply = self.sessions().get_session(self.call(request)).await?;
-        Ok(reply.into_inner())
+        self.within(self.sessions().get_session(self.call(request))).await
     }
 
     pub(crate) async fn status(&self) -> Result<v1::StatusResponse, Status> {
         let mut client = ClusterServiceClient::new(self.channel.clone());
-        Ok(client.status(self.call(v1::StatusRequest {})).await?.into_inner())
+        self.within(client.status(self.call(v1::StatusRequest {}))).await
     }
 
     pub(crate) async fn describe(&self) -> Result<v1::DescribeResponse, Status> {
         let mut client = ClusterServiceClient::new(self.channel.clone());
-        Ok(client.describe(self.call(v1::DescribeRequest {})).await?.into_inner())
+        self.within(client.describe(self.call(v1::DescribeRequest {}))).await
     }
 
     /// Whether `grpc.health.v1` says that the node serves.
     pub(crate) async fn serving(&self) -> Result<bool, Status> {
         let mut client = HealthClient::new(self.channel.clone());
         let request = HealthCheckRequest { service: "quorate.v1.SessionService".to_owned() };
-        let answer = client.check(self.call(request)).await?.into_inner();
+        let answer = self.within(client.check(self.call(request))).await?;
         Ok(answer.status() == ServingStatus::Serving)
     }
 }
