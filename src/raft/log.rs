@@ -37,6 +37,8 @@ struct DurableState {
     next_index: u64,
     epoch: u64,
     failed: bool,
+    /// How many threads wait. Mostly none do, and to wake nobody costs a system call as well.
+    waiting: usize,
 }
 
 impl Durable {
@@ -52,7 +54,9 @@ impl Durable {
         let mut state = self.lock();
         if state.epoch == epoch {
             state.next_index = state.next_index.max(next_index);
-            self.changed.notify_all();
+            if state.waiting > 0 {
+                self.changed.notify_all();
+            }
         }
     }
 
@@ -81,10 +85,13 @@ impl Durable {
     /// Blocks until every record before `next_index` is on disk. False if the log has failed or
     /// closed before.
     pub(crate) fn wait(&self, next_index: u64) -> bool {
-        let state = self
+        let mut state = self.lock();
+        state.waiting += 1;
+        let mut state = self
             .changed
-            .wait_while(self.lock(), |state| !state.failed && state.next_index < next_index)
+            .wait_while(state, |state| !state.failed && state.next_index < next_index)
             .unwrap_or_else(PoisonError::into_inner);
+        state.waiting -= 1;
         state.next_index >= next_index
     }
 }

@@ -24,6 +24,7 @@ use openraft::raft::{
 };
 use openraft::type_config::alias::SnapshotOf;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 
@@ -306,6 +307,9 @@ impl Network {
 /// follower has not acknowledged: the answer to the later request covers the earlier one. The
 /// price is that a follower may apply that much later, so the hold ends at once when a follower
 /// has been told to wait for a commit.
+///
+/// The alarm outlives the hold that set it, and the next one moves it only when it has rung: to set
+/// a timer costs a system call, and most holds end long before.
 fn hold_commits<S>(
     input: S,
     flush: Arc<Notify>,
@@ -314,10 +318,11 @@ where
     S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
 {
     // Fused, because a stream that ends while a request is held is asked once more.
-    stream::unfold((input.fuse(), flush), |(mut input, flush)| async move {
+    let alarm = Box::pin(tokio::time::sleep(Duration::ZERO));
+    stream::unfold((input.fuse(), flush, alarm), |(mut input, flush, mut alarm)| async move {
         let mut request = input.next().await?;
+        let until = Instant::now() + COMMIT_HOLD;
         while request.entries.is_empty() {
-            let timeout = tokio::time::sleep(COMMIT_HOLD);
             tokio::select! {
                 biased;
                 following = input.next() => match following {
@@ -325,10 +330,15 @@ where
                     None => break,
                 },
                 () = flush.notified() => break,
-                () = timeout => break,
+                () = alarm.as_mut() => {
+                    if Instant::now() >= until {
+                        break;
+                    }
+                    alarm.as_mut().reset(until);
+                }
             }
         }
-        Some((request, (input, flush)))
+        Some((request, (input, flush, alarm)))
     })
 }
 

@@ -29,6 +29,9 @@ use crate::proto::peer;
 use crate::state::{self, Stamp};
 use crate::storage::wal::Wal;
 
+/// How late it may be noticed that openraft has given up.
+const FATAL_LOOK_INTERVAL: Duration = Duration::from_millis(50);
+
 /// Raft's pace.
 #[derive(Clone, Copy, Debug)]
 pub struct RaftTimeouts {
@@ -328,5 +331,7 @@ async fn watch_for_fatal(raft: Raft, halt: Halt) {
         if metrics.changed().await.is_err() {
             return;
         }
+        // They change several times an entry.
+        tokio::time::sleep(FATAL_LOOK_INTERVAL).await;
     }
 }
