@@ -1,6 +1,7 @@
 //! Leases and locks of the client against a server that does as its script says, on a clock that is
 //! set by hand.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -494,6 +495,44 @@ async fn a_holder_behind_the_page_asks_for_its_claim_and_can_make_none() {
     clock.advance(TTL);
     let error = guard.verify().await.unwrap_err();
     assert!(matches!(error, Error::LockNotHeld { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_lease_that_was_granted_too_late_is_asked_for_anew() {
+    for in_time in [3, usize::MAX] {
+        let clock = Manual::new();
+        let (late, grants) = (clock.clone(), Mutex::new(0));
+        let mock = Mock::start(1, move |count, request| {
+            if let Request::GrantLease(_) = request {
+                let mut grants = grants.lock().unwrap();
+                *grants += 1;
+                if *grants < in_time {
+                    late.advance(TTL);
+                }
+            }
+            serve(count, request)
+        })
+        .await;
+        let client = connect(&mock, &clock).await.with_timeout(Duration::from_millis(500));
+        let granted = client.leases().grant(LeaseOptions::new().ttl(TTL)).await;
+        let ids: BTreeSet<String> = seen(&mock, |request| match request {
+            Request::GrantLease(request) => Some(request.lease_id),
+            _ => None,
+        })
+        .into_iter()
+        .collect();
+        match granted {
+            Ok(lease) => {
+                assert_eq!(ids.len(), in_time, "each is another");
+                assert!(!lease.is_lost() && ids.contains(&lease.id().to_string()));
+            }
+            // The last may have had no time left for its answer.
+            Err(Error::DeadlineExceeded { .. } | Error::OutcomeUnknown { .. }) => {
+                assert!(in_time == usize::MAX && ids.len() > 1);
+            }
+            Err(error) => panic!("{error:?}"),
+        }
+    }
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio::runtime::Handle;
+use tokio::time::Instant;
 
 use super::Client;
 use super::error::{Error, mismatched};
@@ -257,32 +258,50 @@ impl Leases {
         Self { client }
     }
 
-    /// Grants a lease and keeps it alive.
+    /// Grants a lease and keeps it alive. One that a failover has granted so late that it cannot be
+    /// relied on is left to run out, and another is asked for.
     ///
     /// # Errors
     ///
     /// [`Error::InvalidArgument`] when its time to live or its owner's label is out of range;
-    /// [`Error::LeaseLost`] when the answer came so late that it cannot be relied on.
+    /// [`Error::DeadlineExceeded`] when none was granted soon enough within the client's timeout.
     pub async fn grant(&self, options: LeaseOptions) -> Result<Lease, Error> {
-        let clock = self.client.pool.time.clock().clone();
+        let deadline = Instant::now() + self.client.timeout;
+        let mut left = self.client.timeout;
+        loop {
+            let patient = Self::new(self.client.with_timeout(left));
+            if let Some(lease) = patient.grant_in_time(&self.client, options.clone()).await? {
+                return Ok(lease);
+            }
+            left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let ttl = options.ttl;
+                let message =
+                    format!("no lease was granted soon enough to be relied on for {ttl:?}");
+                return Err(Error::DeadlineExceeded { message });
+            }
+        }
+    }
+
+    /// One lease, kept alive by `client`; `None` if the grant came too late.
+    async fn grant_in_time(
+        &self,
+        client: &Client,
+        options: LeaseOptions,
+    ) -> Result<Option<Lease>, Error> {
+        let clock = client.pool.time.clock().clone();
         let sent = clock.monotonic();
         let ttl = options.ttl;
         let (id, timing) = self.grant_only(options).await?;
         let lifetime = timing.remaining.min(ttl);
-        let held = Arc::new(Held {
-            client: self.client.clone(),
-            id,
-            ttl,
-            liveness: Arc::new(Liveness::new(clock, sent, lifetime)),
-            runtime: Handle::current(),
-        });
-        if held.liveness.loss().is_some() {
-            let message = format!("the lease was granted too late to be relied on for {ttl:?}");
-            return Err(Error::LeaseLost { message });
+        let liveness = Arc::new(Liveness::new(clock, sent, lifetime));
+        if liveness.loss().is_some() {
+            return Ok(None);
         }
-        let schedule = Schedule::new(sent, timing.renew_after);
-        self.client.keeper.add(&self.client, &held, schedule);
-        Ok(Lease { held })
+        let runtime = Handle::current();
+        let held = Arc::new(Held { client: client.clone(), id, ttl, liveness, runtime });
+        client.keeper.add(client, &held, Schedule::new(sent, timing.renew_after));
+        Ok(Some(Lease { held }))
     }
 
     /// Grants a lease and leaves it to the caller to keep it alive, with [`Leases::keep_alive`].
