@@ -32,8 +32,8 @@ pub(crate) enum Failure {
 }
 
 impl Failure {
-    /// The failure of a request about `what`, which is named where that is not there, or not as it
-    /// was thought to be.
+    /// The failure of a request about `what`, which is named where that is not there, not as it was
+    /// thought to be, or not to be had so.
     pub(crate) fn naming(mut error: client::Error, what: &str) -> Self {
         use client::Error;
         if let Error::NotFound { message, .. }
@@ -41,7 +41,8 @@ impl Failure {
         | Error::LockNotHeld { message }
         | Error::LockHeld { message }
         | Error::WaitExpired { message }
-        | Error::LeaseLost { message } = &mut error
+        | Error::LeaseLost { message }
+        | Error::Refused { message, .. } = &mut error
         {
             *message = format!("{what}: {message}");
         }

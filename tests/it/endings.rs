@@ -190,6 +190,6 @@ async fn what_is_not_there_is_named() {
         let refused = cluster.cli(words).await;
         assert_eq!((refused.code, refused.stderr.lines().count()), (code, 1), "{refused:?}");
         assert!(refused.stderr.contains(name), "{refused:?}");
-        assert_eq!(refused.stderr.matches("what hung from it").count() / 2, 0, "{refused:?}");
+        assert!(refused.stderr.matches("what hung from it").count() <= 1, "{refused:?}");
     }
 }

@@ -86,6 +86,7 @@ async fn who_does_not_get_the_lock_in_time_is_told_so() {
     }
     let mismatch = exec(&cluster, &["--permits=3"], "echo ran").await;
     assert_eq!(mismatch.code, 4, "{mismatch:?}");
+    assert!(mismatch.stderr.contains("lock job: the lock is in use"), "{mismatch:?}");
     let shared = exec(&cluster, &["--shared"], "echo ran").await;
     assert_eq!((shared.code, &*shared.stdout), (0, "ran\n"), "{shared:?}");
 
