@@ -109,7 +109,20 @@ impl Identity {
 pub struct DataDirectory {
     path: PathBuf,
     identity: Identity,
-    _lock: File,
+    _lock: Lock,
+}
+
+/// The lock file, locked. Unlocked in so many words when it goes: closing the file alone does not
+/// do it while a child process, forked at that moment by another thread, still holds a copy of it.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.unlock() {
+            tracing::warn!(%error, "cannot unlock the data directory; closing it will");
+        }
+    }
 }
 
 impl DataDirectory {
@@ -194,11 +207,11 @@ fn io_error(action: &'static str, path: &Path, source: io::Error) -> DirectoryEr
     DirectoryError::Io { action, path: path.display().to_string(), source }
 }
 
-fn lock(path: &Path) -> Result<File, DirectoryError> {
+fn lock(path: &Path) -> Result<Lock, DirectoryError> {
     let file = OpenOptions::new().write(true).create(true).truncate(false).open(path.join(LOCK));
     let file = file.map_err(|source| io_error("write", path, source))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(Lock(file)),
         Err(TryLockError::WouldBlock) => {
             Err(DirectoryError::Locked { path: path.display().to_string() })
         }
@@ -287,6 +300,17 @@ mod tests {
         assert!(matches!(second, Err(DirectoryError::Locked { .. })), "{second:?}");
         drop(first);
         DataDirectory::open(parent.path(), 2).unwrap();
+    }
+
+    /// As a child process has one between its fork and its exec.
+    #[test]
+    fn a_copy_of_the_lock_holds_nobody_back() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = DataDirectory::open(parent.path(), 1).unwrap();
+        let copy = directory._lock.0.try_clone().unwrap();
+        drop(directory);
+        DataDirectory::open(parent.path(), 2).unwrap();
+        drop(copy);
     }
 
     #[test]

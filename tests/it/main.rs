@@ -10,6 +10,7 @@
 #![expect(clippy::print_stdout, reason = "the harness keeps it for those who read of a failure")]
 #![cfg(all(unix, feature = "server"))]
 
+mod checkpoint;
 mod cli;
 mod cluster;
 mod contention;
