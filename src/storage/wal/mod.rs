@@ -94,7 +94,7 @@ pub struct WalOptions {
 impl Default for WalOptions {
     fn default() -> WalOptions {
         WalOptions {
-            segment_bytes: 64 * 1024 * 1024,
+            segment_bytes: 16 * 1024 * 1024,
             must_contain: 0,
             cache_bytes_max: 32 * 1024 * 1024,
             salt: None,

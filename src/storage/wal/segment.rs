@@ -22,7 +22,7 @@ pub(super) const UNFINISHED_SUFFIX: &str = ".wal.tmp";
 pub(super) const FIRST_BATCH: u64 = BLOCK_BYTES as u64;
 /// Zeros are written in pieces of this many bytes, each synced before the next, so that no
 /// sync of the log ever waits behind a whole segment of them.
-const ZERO_PIECE_BYTES: usize = 1024 * 1024;
+pub(super) const ZERO_PIECE_BYTES: u64 = 1024 * 1024;
 
 /// An open segment. A reader's handle outlives the removal of the file.
 pub(super) struct Segment {
@@ -36,40 +36,65 @@ pub(super) struct Segment {
     pub(super) file: Arc<dyn File>,
 }
 
-impl Segment {
-    /// Makes a segment ready for use: zeros and header on disk, then its name.
-    pub(super) fn prepare(
+/// A segment that is being made ready: zeros and header, then, all of it on disk, its name.
+pub(super) struct Preparation {
+    segment: Segment,
+    unfinished: PathBuf,
+    /// Bytes written so far.
+    written: u64,
+    piece: BlockBuffer,
+}
+
+impl Preparation {
+    pub(super) fn begin(
         files: &dyn Files,
         directory: &Path,
         number: u32,
         salt: u64,
         length: u64,
-    ) -> Result<Segment, WalError> {
+    ) -> Result<Preparation, WalError> {
         let path = directory.join(file_name(number));
         let unfinished = directory.join(format!("{number:010}{UNFINISHED_SUFFIX}"));
-        let write = || -> io::Result<Arc<dyn File>> {
-            let file = files.create(&unfinished)?;
-            let mut piece = BlockBuffer::default();
-            piece.reset(ZERO_PIECE_BYTES.min(length as usize));
-            piece.fill(0);
-            encode_header(number, salt, length, &mut piece);
-            let mut offset = 0;
-            while offset < length {
-                let bytes = piece.len().min((length - offset) as usize);
-                file.write_all_at(&piece[..bytes], offset)?;
-                file.sync_data()?;
-                offset += bytes as u64;
-                piece[..BLOCK_BYTES].fill(0);
-            }
-            file.sync_all()?;
-            files.rename(&unfinished, &path)?;
-            files.sync_dir(directory)?;
-            Ok(file)
-        };
-        let file = write().map_err(|error| io_error("prepare", &path, error))?;
-        Ok(Segment { number, salt, length, path, file })
+        let file = files.create(&unfinished).map_err(|error| io_error("prepare", &path, error))?;
+        let mut piece = BlockBuffer::default();
+        piece.reset(ZERO_PIECE_BYTES.min(length) as usize);
+        piece.fill(0);
+        encode_header(number, salt, length, &mut piece);
+        let segment = Segment { number, salt, length, path, file };
+        Ok(Preparation { segment, unfinished, written: 0, piece })
     }
 
+    /// Writes on until at least so many bytes are written, or all.
+    pub(super) fn write(&mut self, bytes: u64) -> Result<(), WalError> {
+        let Segment { length, path, file, .. } = &self.segment;
+        while self.written < bytes.min(*length) {
+            let piece = self.piece.len().min((length - self.written) as usize);
+            file.write_all_at(&self.piece[..piece], self.written)
+                .and_then(|()| file.sync_data())
+                .map_err(|error| io_error("prepare", path, error))?;
+            self.written += piece as u64;
+            self.piece[..BLOCK_BYTES].fill(0);
+        }
+        Ok(())
+    }
+
+    /// Writes what is missing, and makes it a segment.
+    pub(super) fn finish(
+        mut self,
+        files: &dyn Files,
+        directory: &Path,
+    ) -> Result<Segment, WalError> {
+        self.write(self.segment.length)?;
+        let Segment { path, file, .. } = &self.segment;
+        file.sync_all()
+            .and_then(|()| files.rename(&self.unfinished, path))
+            .and_then(|()| files.sync_dir(directory))
+            .map_err(|error| io_error("prepare", path, error))?;
+        Ok(self.segment)
+    }
+}
+
+impl Segment {
     /// Opens a segment by its name and verifies its header.
     pub(super) fn open(
         files: &dyn Files,

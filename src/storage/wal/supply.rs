@@ -1,5 +1,9 @@
 //! Prepares the next segment and removes purged ones, off the log's thread: either takes tens of
 //! milliseconds, and no write waits for it unless it comes faster than zeros can be written.
+//!
+//! The zeros share the disk with the batches, and a batch that is synced beside a piece of zeros
+//! takes several times as long. So they are written at the pace at which the segment before fills:
+//! a piece now and then, never a flood.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -7,13 +11,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::{self, JoinHandle};
 
-use super::segment::Segment;
+use super::segment::{Preparation, Segment, ZERO_PIECE_BYTES};
 use super::{WalError, io_error};
 use crate::storage::file::Files;
-
-/// Bytes of a log's first segment, if not less is asked for; each that follows is twice as long,
-/// up to the full length. A node that writes little starts at once and takes up little.
-const FIRST_SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Does the work, on whatever thread.
 pub(super) struct Workshop {
@@ -21,6 +21,7 @@ pub(super) struct Workshop {
     directory: PathBuf,
     salt: u64,
     segment_bytes: u64,
+    preparation: Option<Preparation>,
     /// Set when a file could not be removed. The chain may have no gap, so nothing behind it may
     /// be removed either; the next start tries again.
     removal_failed: bool,
@@ -34,14 +35,23 @@ impl Workshop {
         segment_bytes: u64,
     ) -> Workshop {
         let directory = directory.to_owned();
-        Workshop { files, directory, salt, segment_bytes, removal_failed: false }
+        let (preparation, removal_failed) = (None, false);
+        Workshop { files, directory, salt, segment_bytes, preparation, removal_failed }
     }
 
-    fn prepare(&self, number: u32) -> Result<Segment, WalError> {
-        let bytes = FIRST_SEGMENT_BYTES
-            .saturating_mul(1 << number.saturating_sub(1).min(16))
-            .min(self.segment_bytes);
-        Segment::prepare(&*self.files, &self.directory, number, self.salt, bytes)
+    fn prepare(&mut self, number: u32) -> Result<Segment, WalError> {
+        self.prepare_in_part(number, 0)?.finish(&*self.files, &self.directory)
+    }
+
+    /// Goes on with what was begun, or begins. After an error the next call begins anew.
+    fn prepare_in_part(&mut self, number: u32, bytes: u64) -> Result<Preparation, WalError> {
+        let (files, directory) = (&*self.files, &self.directory);
+        let mut preparation = match self.preparation.take() {
+            Some(begun) => begun,
+            None => Preparation::begin(files, directory, number, self.salt, self.segment_bytes)?,
+        };
+        preparation.write(bytes)?;
+        Ok(preparation)
     }
 
     /// Removes the oldest segment's file, durably, before any other can follow.
@@ -58,6 +68,10 @@ impl Workshop {
 }
 
 enum Errand {
+    /// Goes on with the next segment until it has so many bytes. What fails is begun anew by the
+    /// next errand.
+    PrepareInPart(u32, u64),
+    /// Completes the next segment, and hands it over or says why not.
     Prepare(u32),
     Remove(PathBuf),
 }
@@ -82,7 +96,11 @@ pub(super) struct Supply {
     spares: VecDeque<Arc<Segment>>,
     /// Number of the next segment that has to be prepared.
     next_number: u32,
-    /// True if that one has been asked for.
+    /// Bytes of every segment that is prepared.
+    segment_bytes: u64,
+    /// Bytes of the next one that have been asked for.
+    paced: u64,
+    /// True if all of it has been asked for.
     under_way: bool,
     waits: u64,
 }
@@ -94,20 +112,41 @@ impl Supply {
         spares: VecDeque<Arc<Segment>>,
         threaded: bool,
     ) -> Result<Supply, WalError> {
+        let segment_bytes = shop.segment_bytes;
         let place = if threaded { Place::start(shop)? } else { Place::Here(shop) };
-        Ok(Supply { place, spares, next_number, under_way: false, waits: 0 })
+        let (paced, under_way, waits) = (0, false, 0);
+        Ok(Supply { place, spares, next_number, segment_bytes, paced, under_way, waits })
     }
 
-    /// Sees to it that a segment is ready or being prepared. If that fails, `take` will know.
-    pub(super) fn order(&mut self) {
+    /// Sees to it that the next segment is prepared at the pace at which the active one fills, and
+    /// is ready when that is three quarters full. If that fails, `take` will know.
+    pub(super) fn keep_pace(&mut self, position: u64, length: u64) {
         if !self.spares.is_empty() || self.under_way {
             return;
         }
-        if let Place::Thread { errands: Some(errands), .. } = &self.place {
-            // If the thread is gone, `take` finds out.
-            let _ = errands.send(Errand::Prepare(self.next_number));
+        let due = self.segment_bytes.saturating_mul(position) / (length - length / 4);
+        if due >= self.segment_bytes {
+            self.order();
+        } else if due > self.paced {
+            self.paced = due.next_multiple_of(ZERO_PIECE_BYTES);
+            self.send(Errand::PrepareInPart(self.next_number, self.paced));
         }
-        self.under_way = true;
+    }
+
+    /// Sees to it that a segment is being prepared, as fast as that goes.
+    fn order(&mut self) {
+        if !self.under_way {
+            self.send(Errand::Prepare(self.next_number));
+            self.under_way = true;
+            self.paced = 0;
+        }
+    }
+
+    /// If the thread is gone, `take` finds out.
+    fn send(&self, errand: Errand) {
+        if let Place::Thread { errands: Some(errands), .. } = &self.place {
+            let _ = errands.send(errand);
+        }
     }
 
     /// The next segment, waited for if need be. One that could not be prepared ahead of time is
@@ -116,7 +155,7 @@ impl Supply {
         if let Some(spare) = self.spares.pop_front() {
             return Ok(spare);
         }
-        let ordered_before = self.under_way;
+        let ordered_before = self.under_way || self.paced > 0;
         self.order();
         // The first segment of all is waited for by the start, not by a batch.
         let waits = self.waits;
@@ -153,11 +192,7 @@ impl Supply {
     pub(super) fn remove(&mut self, segment: &Segment) {
         match &mut self.place {
             Place::Here(shop) => shop.remove(&segment.path),
-            Place::Thread { errands, .. } => {
-                if let Some(errands) = errands {
-                    let _ = errands.send(Errand::Remove(segment.path.clone()));
-                }
-            }
+            Place::Thread { .. } => self.send(Errand::Remove(segment.path.clone())),
         }
     }
 
@@ -177,6 +212,14 @@ impl Place {
             .spawn(move || {
                 for errand in todo {
                     match errand {
+                        Errand::PrepareInPart(number, bytes) => {
+                            match shop.prepare_in_part(number, bytes) {
+                                Ok(part) => shop.preparation = Some(part),
+                                Err(error) => {
+                                    tracing::warn!(%error, "cannot prepare a log segment yet");
+                                }
+                            }
+                        }
                         Errand::Prepare(number) => {
                             if ready.send(shop.prepare(number)).is_err() {
                                 return;

@@ -260,9 +260,7 @@ impl Writer {
     /// Looks after segments.
     fn after_batch(&mut self) {
         self.remove_purged();
-        if self.position > self.active().segment.length / 4 {
-            self.supply.order();
-        }
+        self.supply.keep_pace(self.position, self.active().segment.length);
     }
 
     /// Removes the segments at the front of which every record is purged, on disk.

@@ -1,7 +1,7 @@
 //! The bytes on disk. If one of these fails, old logs cannot be read any more.
 
 use super::super::batch::{self, Frame, Kind, Place};
-use super::super::segment::Segment;
+use super::super::segment::{Preparation, Segment};
 use super::*;
 use crate::storage::file::BlockBuffer;
 
@@ -63,7 +63,8 @@ b1 9e 07 82 76 68 65 61 64 70 61 79 6c 6f 61 64
 fn a_segment_has_these_bytes() {
     let files = FaultyFiles::new();
     files.create_dir_all(directory()).unwrap();
-    let prepared = Segment::prepare(&files, directory(), 3, 0x1122_3344, 16384).unwrap();
+    let preparation = Preparation::begin(&files, directory(), 3, 0x1122_3344, 16384).unwrap();
+    let prepared = preparation.finish(&files, directory()).unwrap();
     let content = files.content(&directory().join("0000000003.wal"));
     assert_eq!(content.len(), 16384);
     assert!(content[36..].iter().all(|byte| *byte == 0));

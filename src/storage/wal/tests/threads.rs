@@ -68,6 +68,58 @@ fn readers_beside_a_writer_see_records_whole_and_in_order() {
     assert_eq!(wal.read(0..RECORDS + 1, usize::MAX).unwrap().len(), 5_500);
 }
 
+/// Waits until a file of the log has so many bytes; -1 stands for no such file.
+fn wait_for_length(path: &Path, bytes: i64) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    loop {
+        let length = std::fs::metadata(path).map_or(-1, |metadata| metadata.len() as i64);
+        if length == bytes {
+            return;
+        }
+        assert!(std::time::Instant::now() < deadline, "{path:?} has {length} bytes, not {bytes}");
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn the_next_segment_is_prepared_as_the_active_one_fills() {
+    const MIB: u64 = 1 << 20;
+    let directory = tempfile::tempdir().unwrap();
+    let options = WalOptions { segment_bytes: 4 * MIB, ..WalOptions::default() };
+    let (wal, _) = Wal::open(Arc::new(RealFiles), directory.path(), options).unwrap();
+    let unfinished = directory.path().join("0000000002.wal.tmp");
+    let finished = directory.path().join(file_name(2));
+    // With a third of the way to three quarters behind it, a third of four pieces: two.
+    append(&wal, 1, vec![numbered(1, MIB as usize)]).unwrap();
+    wait_for_length(&unfinished, 2 * MIB as i64);
+    append(&wal, 2, vec![numbered(2, MIB as usize)]).unwrap();
+    wait_for_length(&unfinished, 3 * MIB as i64);
+    assert!(!finished.exists());
+    append(&wal, 3, vec![numbered(3, MIB as usize)]).unwrap();
+    wait_for_length(&unfinished, -1);
+    wait_for_length(&finished, 4 * MIB as i64);
+    append(&wal, 4, vec![numbered(4, MIB as usize)]).unwrap();
+    assert_eq!(wal.statistics().segment_waits, 0);
+}
+
+/// What a stop leaves half prepared is begun anew.
+#[test]
+fn a_half_prepared_segment_is_no_obstacle() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = WalOptions { segment_bytes: 4 << 20, ..WalOptions::default() };
+    let open = || Wal::open(Arc::new(RealFiles), directory.path(), options.clone()).unwrap();
+    let (wal, _) = open();
+    append(&wal, 1, vec![numbered(1, 1 << 20)]).unwrap();
+    let unfinished = directory.path().join("0000000002.wal.tmp");
+    wait_for_length(&unfinished, 2 << 20);
+    drop(wal);
+    assert!(unfinished.exists());
+    let (wal, recovered) = open();
+    assert_eq!(recovered.last_index, Some(1));
+    append(&wal, 2, (2..9).map(|index| numbered(index, 1 << 20)).collect()).unwrap();
+    assert_eq!(wal.read(1..9, usize::MAX).unwrap().len(), 8);
+}
+
 #[test]
 fn completions_run_in_order_and_may_call_the_log() {
     let files = FaultyFiles::new();
