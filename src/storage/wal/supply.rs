@@ -178,6 +178,7 @@ impl Supply {
                 Err(TryRecvError::Disconnected) => return Err(WalError::Stopped),
                 Err(TryRecvError::Empty) => {
                     self.waits += 1;
+                    tracing::debug!("the next log segment is not prepared yet");
                     prepared.recv().unwrap_or(Err(WalError::Stopped))?
                 }
             },
