@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc as results;
 use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::watch;
 
 use super::output;
@@ -57,6 +58,7 @@ pub(super) fn run(nodes: Vec<ServeOptions>, ready: impl FnOnce()) -> ExitCode {
         output::message(&format!("quorate: cannot listen for signals: {error}"));
         return ExitCode::FAILURE;
     }
+    raise_file_limit();
     let (reports, inbox) = results::channel();
     let mut waiting = nodes.len();
     let mut running = nodes.len();
@@ -97,6 +99,20 @@ pub(super) fn run(nodes: Vec<ServeOptions>, ready: impl FnOnce()) -> ExitCode {
         }
     }
     code
+}
+
+/// Allows as many open files as this process may have: each segment of a log takes two, each
+/// connection one, and the usual soft limit of 1024 is there for programs that use `select`.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return;
+    }
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => tracing::debug!(files = ?limit.maximum, "limit of open files raised"),
+        Err(error) => tracing::warn!(%error, files = ?limit.current, "limit of open files kept"),
+    }
 }
 
 fn run_node(

@@ -16,7 +16,7 @@ use crate::storage::checkpoint::{
 };
 use crate::storage::file::RealFiles;
 use crate::storage::snapshot::{self, SnapshotFile};
-use crate::storage::wal::{Recovered, Wal, WalOptions};
+use crate::storage::wal::{self, Recovered, Wal, WalOptions};
 
 /// Where everything is.
 pub(crate) struct StoragePaths {
@@ -59,7 +59,7 @@ fn because(error: impl std::fmt::Display) -> RecoveryError {
 /// `has_log` says that the log was made before: without it, the node has lost what it acknowledged
 /// and must not vote again.
 pub(crate) fn recover(paths: &StoragePaths, has_log: bool) -> Result<Recovery, RecoveryError> {
-    if has_log && !holds_anything(&paths.wal) {
+    if has_log && !wal::is_present(&paths.wal) {
         return Err(because(format_args!(
             "the log in {} is gone, and with it the votes and entries that this node has \
              acknowledged; bring it back, or leave this node out of the cluster",
@@ -133,10 +133,6 @@ fn drop_conflicting_tail(wal: &Wal, boundary: &Boundary) -> Result<(), RecoveryE
         wal.truncate_from(log_id.index, Box::new(|_| {}));
     }
     Ok(())
-}
-
-fn holds_anything(directory: &Path) -> bool {
-    std::fs::read_dir(directory).is_ok_and(|mut entries| entries.next().is_some())
 }
 
 /// Whether a snapshot that the checkpoint has outrun says what it is; otherwise it is moved aside.

@@ -1,5 +1,5 @@
-//! Real processes under test: nodes of the shipped binary that are killed, paused, starved of their
-//! disks and started again, and what their clients must never see.
+//! Real processes under test: mostly nodes of the shipped binary that are killed, paused, starved
+//! of their disks and started again, and what their clients must never see.
 //!
 //! Each test prints its seed; `QUORATE_TEST_SEED=… cargo test --test it NAME` runs it again with
 //! the same choices. What the kernel and three processes make of them still varies, so a test's

@@ -434,6 +434,14 @@ impl Wal {
     }
 }
 
+/// Whether there is a log in this directory: at least one segment. A segment that is still being
+/// prepared is none.
+pub fn is_present(directory: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(directory) else { return false };
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.into_iter().any(|name| segment::number_of(&name).is_some())
+}
+
 impl fmt::Debug for Wal {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_struct("Wal").field("last_index", &self.last_index()).finish()

@@ -64,6 +64,10 @@ impl Preparation {
         Ok(Preparation { segment, unfinished, written: 0, piece })
     }
 
+    pub(super) fn number(&self) -> u32 {
+        self.segment.number
+    }
+
     /// Writes on until at least so many bytes are written, or all.
     pub(super) fn write(&mut self, bytes: u64) -> Result<(), WalError> {
         let Segment { length, path, file, .. } = &self.segment;

@@ -1,9 +1,9 @@
-//! Prepares the next segment and removes purged ones, off the log's thread: either takes tens of
-//! milliseconds, and no write waits for it unless it comes faster than zeros can be written.
+//! Prepares the next segment and removes purged ones, off the log's thread. No write waits for it
+//! unless it comes faster than zeros can be written.
 //!
 //! The zeros share the disk with the batches, and a batch that is synced beside a piece of zeros
-//! takes several times as long. So they are written at the pace at which the segment before fills:
-//! a piece now and then, never a flood.
+//! takes several times as long. So they are written at the pace at which the segment before fills,
+//! mostly a piece at a time; only after a start what is due comes at once.
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -22,6 +22,9 @@ pub(super) struct Workshop {
     salt: u64,
     segment_bytes: u64,
     preparation: Option<Preparation>,
+    /// Set when the next segment could not be prepared in part. The disk may be full: to begin
+    /// again with every part would be a flood of zeros, so it waits until all of it is needed.
+    part_failed: bool,
     /// Set when a file could not be removed. The chain may have no gap, so nothing behind it may
     /// be removed either; the next start tries again.
     removal_failed: bool,
@@ -35,23 +38,42 @@ impl Workshop {
         segment_bytes: u64,
     ) -> Workshop {
         let directory = directory.to_owned();
-        let (preparation, removal_failed) = (None, false);
-        Workshop { files, directory, salt, segment_bytes, preparation, removal_failed }
+        let (preparation, part_failed, removal_failed) = (None, false, false);
+        Workshop { files, directory, salt, segment_bytes, preparation, part_failed, removal_failed }
     }
 
+    /// Goes on with what was begun, or begins, and makes it a segment. After an error the next call
+    /// begins anew.
     fn prepare(&mut self, number: u32) -> Result<Segment, WalError> {
-        self.prepare_in_part(number, 0)?.finish(&*self.files, &self.directory)
+        self.part_failed = false;
+        self.begun(number)?.finish(&*self.files, &self.directory)
     }
 
-    /// Goes on with what was begun, or begins. After an error the next call begins anew.
-    fn prepare_in_part(&mut self, number: u32, bytes: u64) -> Result<Preparation, WalError> {
-        let (files, directory) = (&*self.files, &self.directory);
-        let mut preparation = match self.preparation.take() {
-            Some(begun) => begun,
-            None => Preparation::begin(files, directory, number, self.salt, self.segment_bytes)?,
-        };
-        preparation.write(bytes)?;
-        Ok(preparation)
+    /// Goes on with what was begun, or begins, until there are so many bytes.
+    fn prepare_in_part(&mut self, number: u32, bytes: u64) {
+        if self.part_failed {
+            return;
+        }
+        let part = self.begun(number).and_then(|mut preparation| {
+            preparation.write(bytes)?;
+            Ok(preparation)
+        });
+        match part {
+            Ok(preparation) => self.preparation = Some(preparation),
+            Err(error) => {
+                tracing::warn!(%error, "a log segment cannot be prepared ahead of time");
+                self.part_failed = true;
+            }
+        }
+    }
+
+    fn begun(&mut self, number: u32) -> Result<Preparation, WalError> {
+        if let Some(begun) = self.preparation.take() {
+            assert_eq!(begun.number(), number, "a segment in use would be replaced");
+            return Ok(begun);
+        }
+        let (salt, bytes) = (self.salt, self.segment_bytes);
+        Preparation::begin(&*self.files, &self.directory, number, salt, bytes)
     }
 
     /// Removes the oldest segment's file, durably, before any other can follow.
@@ -68,10 +90,10 @@ impl Workshop {
 }
 
 enum Errand {
-    /// Goes on with the next segment until it has so many bytes. What fails is begun anew by the
-    /// next errand.
+    /// Goes on with the next segment until it has so many bytes.
     PrepareInPart(u32, u64),
-    /// Completes the next segment, and hands it over or says why not.
+    /// Completes the next segment, and hands it over or says why not. After a failure, of a part or
+    /// of the whole, it begins anew.
     Prepare(u32),
     Remove(PathBuf),
 }
@@ -119,12 +141,12 @@ impl Supply {
     }
 
     /// Sees to it that the next segment is prepared at the pace at which the active one fills, and
-    /// is ready when that is three quarters full. If that fails, `take` will know.
+    /// completed when that is three quarters full. If that fails, `take` will know.
     pub(super) fn keep_pace(&mut self, position: u64, length: u64) {
         if !self.spares.is_empty() || self.under_way {
             return;
         }
-        let due = self.segment_bytes.saturating_mul(position) / (length - length / 4);
+        let due = self.segment_bytes * position / (length - length / 4);
         if due >= self.segment_bytes {
             self.order();
         } else if due > self.paced {
@@ -158,11 +180,14 @@ impl Supply {
         let ordered_before = self.under_way || self.paced > 0;
         self.order();
         // The first segment of all is waited for by the start, not by a batch.
-        let waits = self.waits;
+        let (number, waits) = (self.next_number, self.waits);
         let mut segment = self.wait();
         if !ordered_before {
             self.waits = waits;
-        } else if segment.is_err() {
+        } else if self.waits > waits {
+            tracing::debug!(number, "a batch has waited for the segment to be prepared");
+        }
+        if ordered_before && segment.is_err() {
             self.order();
             segment = self.wait();
         }
@@ -178,7 +203,6 @@ impl Supply {
                 Err(TryRecvError::Disconnected) => return Err(WalError::Stopped),
                 Err(TryRecvError::Empty) => {
                     self.waits += 1;
-                    tracing::debug!("the next log segment is not prepared yet");
                     prepared.recv().unwrap_or(Err(WalError::Stopped))?
                 }
             },
@@ -214,12 +238,7 @@ impl Place {
                 for errand in todo {
                     match errand {
                         Errand::PrepareInPart(number, bytes) => {
-                            match shop.prepare_in_part(number, bytes) {
-                                Ok(part) => shop.preparation = Some(part),
-                                Err(error) => {
-                                    tracing::warn!(%error, "cannot prepare a log segment yet");
-                                }
-                            }
+                            shop.prepare_in_part(number, bytes);
                         }
                         Errand::Prepare(number) => {
                             if ready.send(shop.prepare(number)).is_err() {

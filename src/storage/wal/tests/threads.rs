@@ -68,17 +68,20 @@ fn readers_beside_a_writer_see_records_whole_and_in_order() {
     assert_eq!(wal.read(0..RECORDS + 1, usize::MAX).unwrap().len(), 5_500);
 }
 
-/// Waits until a file of the log has so many bytes; -1 stands for no such file.
-fn wait_for_length(path: &Path, bytes: i64) {
+/// Waits until something is so, with a deadline.
+#[expect(clippy::disallowed_methods, reason = "nobody waits without end")]
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     let deadline = std::time::Instant::now() + PATIENCE;
-    loop {
-        let length = std::fs::metadata(path).map_or(-1, |metadata| metadata.len() as i64);
-        if length == bytes {
-            return;
-        }
-        assert!(std::time::Instant::now() < deadline, "{path:?} has {length} bytes, not {bytes}");
+    while !is_so() {
+        assert!(std::time::Instant::now() < deadline, "not in time: {what}");
         thread::yield_now();
     }
+}
+
+/// Waits until a file of the log has so many bytes, or is not there.
+fn wait_for_length(path: &Path, bytes: Option<u64>) {
+    let what = format!("{} has {bytes:?} bytes", path.display());
+    wait_until(&what, || std::fs::metadata(path).ok().map(|metadata| metadata.len()) == bytes);
 }
 
 #[test]
@@ -91,15 +94,34 @@ fn the_next_segment_is_prepared_as_the_active_one_fills() {
     let finished = directory.path().join(file_name(2));
     // With a third of the way to three quarters behind it, a third of four pieces: two.
     append(&wal, 1, vec![numbered(1, MIB as usize)]).unwrap();
-    wait_for_length(&unfinished, 2 * MIB as i64);
+    wait_for_length(&unfinished, Some(2 * MIB));
     append(&wal, 2, vec![numbered(2, MIB as usize)]).unwrap();
-    wait_for_length(&unfinished, 3 * MIB as i64);
+    wait_for_length(&unfinished, Some(3 * MIB));
     assert!(!finished.exists());
     append(&wal, 3, vec![numbered(3, MIB as usize)]).unwrap();
-    wait_for_length(&unfinished, -1);
-    wait_for_length(&finished, 4 * MIB as i64);
-    append(&wal, 4, vec![numbered(4, MIB as usize)]).unwrap();
-    assert_eq!(wal.statistics().segment_waits, 0);
+    wait_for_length(&unfinished, None);
+    wait_for_length(&finished, Some(4 * MIB));
+}
+
+/// A part that fails is begun anew, and nothing of what the failed sync forgot is relied on.
+#[test]
+fn a_segment_that_failed_in_part_is_prepared_anew() {
+    for seed in 0..20 {
+        let files = FaultyFiles::new();
+        let (wal, _) = open(&files).unwrap();
+        // The first sync is that of the batch, the second that of the part that it asks for.
+        files.fail_sync_at(2);
+        append(&wal, 1, vec![numbered(1, 100)]).unwrap();
+        wait_until("the part's sync has failed", || files.failed_sync().is_some());
+        for index in 2..40 {
+            append(&wal, index, vec![numbered(index, 3000)]).unwrap();
+        }
+        assert!(segment_names(&files).len() > 2, "{:?}", segment_names(&files));
+        drop(wal);
+        let (wal, recovered) = open(&files.power_cut(&mut Random(seed))).unwrap();
+        assert_eq!((recovered.last_index, recovered.repaired_tail), (Some(39), None), "{seed}");
+        assert_eq!(wal.read(39..40, 1).unwrap(), [numbered(39, 3000)]);
+    }
 }
 
 /// What a stop leaves half prepared is begun anew.
@@ -111,13 +133,32 @@ fn a_half_prepared_segment_is_no_obstacle() {
     let (wal, _) = open();
     append(&wal, 1, vec![numbered(1, 1 << 20)]).unwrap();
     let unfinished = directory.path().join("0000000002.wal.tmp");
-    wait_for_length(&unfinished, 2 << 20);
+    wait_for_length(&unfinished, Some(2 << 20));
     drop(wal);
     assert!(unfinished.exists());
     let (wal, recovered) = open();
+    assert!(!unfinished.exists());
     assert_eq!(recovered.last_index, Some(1));
     append(&wal, 2, (2..9).map(|index| numbered(index, 1 << 20)).collect()).unwrap();
+    drop(wal);
+    let (wal, recovered) = open();
+    assert_eq!(recovered.last_index, Some(8));
     assert_eq!(wal.read(1..9, usize::MAX).unwrap().len(), 8);
+}
+
+/// What is left beside a log that is gone must not pass for one.
+#[test]
+fn a_segment_in_preparation_is_no_log() {
+    let directory = tempfile::tempdir().unwrap();
+    assert!(!is_present(directory.path()));
+    let (wal, _) = Wal::open(Arc::new(RealFiles), directory.path(), WalOptions::default()).unwrap();
+    assert!(is_present(directory.path()));
+    append(&wal, 1, vec![numbered(1, 100)]).unwrap();
+    let unfinished = directory.path().join("0000000002.wal.tmp");
+    wait_for_length(&unfinished, Some(1 << 20));
+    drop(wal);
+    std::fs::remove_file(directory.path().join(file_name(1))).unwrap();
+    assert!(unfinished.exists() && !is_present(directory.path()));
 }
 
 #[test]
