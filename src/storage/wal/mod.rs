@@ -438,8 +438,8 @@ impl Wal {
 /// prepared is none.
 pub fn is_present(directory: &Path) -> bool {
     let Ok(entries) = std::fs::read_dir(directory) else { return false };
-    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    names.into_iter().any(|name| segment::number_of(&name).is_some())
+    let mut names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.any(|name| segment::number_of(&name).is_some())
 }
 
 impl fmt::Debug for Wal {

@@ -184,10 +184,12 @@ impl Supply {
         let mut segment = self.wait();
         if !ordered_before {
             self.waits = waits;
-        } else if self.waits > waits {
+            return segment;
+        }
+        if self.waits > waits {
             tracing::debug!(number, "a batch has waited for the segment to be prepared");
         }
-        if ordered_before && segment.is_err() {
+        if segment.is_err() {
             self.order();
             segment = self.wait();
         }
