@@ -223,6 +223,13 @@ impl ClusterService for Mock {
     ) -> Result<Reply<v1::StatusResponse>, Status> {
         Ok(Reply::new(v1::StatusResponse { node_id: self.0.node_id, ..Default::default() }))
     }
+
+    async fn set_time(
+        &self,
+        _call: Call<v1::SetTimeRequest>,
+    ) -> Result<Reply<v1::SetTimeResponse>, Status> {
+        Err(refusal(Code::FailedPrecondition, "NOT_LEADER"))
+    }
 }
 
 macro_rules! unary {

@@ -8,19 +8,23 @@
 //! - A follower's estimate is what its leader said last, plus its own time since. It is set anew
 //!   with each message, up or down, so that the drift of its own oscillator, or a leader that
 //!   slews, never adds up to a leap at the next failover.
-//! - It never falls below the floor: the highest stamp found in the log or heard from a leader of
-//!   the latest term that the node knows. A leader that was cut off goes on believing that it
-//!   leads, and its time, slewed towards another wall clock, drifts from the cluster's.
+//! - It never falls below two floors: the highest stamp found in the log, for ever; and what the
+//!   leader of the latest term that has spoken said, for as long as no later term speaks. A leader
+//!   that was cut off, or whose successor had to begin anew from the log, is thereby forgotten:
+//!   whatever was acted on under it is in the log.
 //! - While leading, a node takes nobody's word: others only echo what it said, later. Nor does one
 //!   that is `synced` take that of anybody but its leader: whatever was acted on is in the log of
 //!   whoever gets elected.
+//! - A time that is minutes beyond both this node's estimate and its wall clock is taken for
+//!   garbled and ignored, with a warning; one that is committed in the log never is.
 //! - Towards the wall clock time slews by at most one percent of the time that passes.
-//! - Time leaps only on a leader that is not `synced`: one that, since its start, has heard from
-//!   nobody who knew the time. Its electors were all freshly started then, so a majority had lost
-//!   count, and the best guess is the median of their wall clocks. The leap is added to `time` and
-//!   not to `steady`.
+//! - Time leaps by itself only on a leader that is not `synced`: one that, since its start, has
+//!   heard from nobody who knew the time. Its electors were all freshly started then, so a majority
+//!   had lost count, and how long all were away is a question of evidence ([`Evidence`]). The leap
+//!   is added to `time` and not to `steady`. Where the evidence is missing, time goes on from the
+//!   log, and an operator may say what it is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -30,10 +34,71 @@ use crate::state::{Stamp, Timestamp};
 
 /// Largest share of passing time by which time is sped up or slowed down: 1/100.
 const SLEW_DIVISOR: u64 = 100;
+/// A time that is further ahead of all that this node knows is garbled: more than any oscillator
+/// drifts apart between two messages, and less than what would harm.
+const AHEAD_MAX: Duration = Duration::from_secs(5 * 60);
+/// What a peer said of its clocks longer ago is evidence no more: they may have been set since.
+const FRESH_MAX: Duration = Duration::from_secs(10);
+/// How often the kernel is asked whether the wall clock is synchronised.
+const SYNCHRONISED_INTERVAL: Duration = Duration::from_secs(1);
+/// Time that is so far behind the wall clocks is worth a warning: slewing takes a hundred times as
+/// long to catch up.
+const BEHIND_MAX: Duration = Duration::from_secs(10);
 
 pub(crate) struct ClusterClock {
+    own_id: u64,
     clock: Arc<dyn Clock>,
     inner: Mutex<Inner>,
+}
+
+/// How a leader found the time at which it began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Evidence {
+    /// A majority runs on machines that have not rebooted since they knew the time, and so knows
+    /// how long it was away; no wall clock was asked.
+    Kept,
+    /// A majority's wall clocks are synchronised, says their kernels.
+    Walls,
+    /// The log holds no time at all: the cluster is new, and any wall clock is as good a beginning.
+    New,
+    /// None: time goes on from the log.
+    Missing,
+}
+
+/// How time went on when a leader began that had lost count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Beginning {
+    pub(crate) leap: Duration,
+    pub(crate) evidence: Evidence,
+}
+
+/// A record of the time from before this process, good until the machine reboots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct KeptTime {
+    pub(crate) time: Timestamp,
+    /// Local monotonic time at which it was that.
+    pub(crate) at: Duration,
+}
+
+/// What a peer said of its own clocks.
+#[derive(Clone, Copy)]
+struct Heard {
+    /// Milliseconds.
+    wall: u64,
+    is_synchronised: bool,
+    /// What the time is by the peer's record, in milliseconds.
+    kept: Option<u64>,
+    /// Local monotonic time.
+    at: Duration,
+}
+
+/// A leader's word.
+#[derive(Clone, Copy)]
+struct Spoken {
+    term: u64,
+    /// Microseconds.
+    time: u64,
+    steady: u64,
 }
 
 struct Inner {
@@ -42,22 +107,36 @@ struct Inner {
     steady: u64,
     /// Local monotonic time at which those were true.
     at: Duration,
-    /// What the estimate never falls below; microseconds.
+    /// The highest stamp in the log; microseconds.
     floor_time: u64,
     floor_steady: u64,
+    /// By the leader of the latest term that has spoken.
+    spoken: Option<Spoken>,
     synced: bool,
     leading: bool,
+    /// Whether this leader had to begin without evidence.
+    is_missing_evidence: bool,
     /// Microseconds that have passed while leading and have not been used for slewing yet.
     slewable: u64,
-    /// Peers' wall clocks in milliseconds, and the local monotonic time at which each was heard.
-    walls: BTreeMap<u64, (u64, Duration)>,
+    kept: Option<KeptTime>,
+    heard: BTreeMap<u64, Heard>,
+    /// Peers whose last word on the time was garbled.
+    garbled: BTreeSet<u64>,
     /// The leader that spoke last, and the local monotonic time at which it did.
     followed: Option<(u64, Duration)>,
+    /// Whether the wall clock is synchronised, and the local monotonic time of asking.
+    synchronised: Option<(bool, Duration)>,
 }
 
 impl ClusterClock {
-    /// Starts from the highest stamp in the node's state and log.
-    pub(crate) fn new(clock: Arc<dyn Clock>, highest: Stamp) -> Self {
+    /// Starts from the highest stamp in the node's state and log, and from what was kept of the
+    /// time since, if anything was.
+    pub(crate) fn new(
+        own_id: u64,
+        clock: Arc<dyn Clock>,
+        highest: Stamp,
+        kept: Option<KeptTime>,
+    ) -> Self {
         let at = clock.monotonic();
         let (time, steady) = in_micros(highest);
         let inner = Inner {
@@ -66,13 +145,18 @@ impl ClusterClock {
             at,
             floor_time: time,
             floor_steady: steady,
+            spoken: None,
             synced: false,
             leading: false,
+            is_missing_evidence: false,
             slewable: 0,
-            walls: BTreeMap::new(),
+            kept: kept.filter(|kept| kept.at <= at),
+            heard: BTreeMap::new(),
+            garbled: BTreeSet::new(),
             followed: None,
+            synchronised: None,
         };
-        Self { clock, inner: Mutex::new(inner) }
+        Self { own_id, clock, inner: Mutex::new(inner) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -122,17 +206,24 @@ impl ClusterClock {
     /// Takes note of what a peer said that does not lead, or not that we know: its estimate may
     /// only raise ours, and only before we know the time.
     pub(crate) fn observe(&self, node: u64, heard: Option<&peer::Clock>) {
-        self.hear(node, heard, |inner, stamp| {
+        self.hear(node, heard, |inner, stamp, knows| {
             if !inner.synced {
                 inner.raise(stamp);
+                inner.synced = knows;
             }
         });
     }
 
-    /// Takes note of what a leader said, whose term is not over as far as this node knows: its
-    /// time is the cluster's.
-    pub(crate) fn follow(&self, node: u64, heard: Option<&peer::Clock>) {
-        self.hear(node, heard, Inner::follow);
+    /// Takes note of what the leader of `term` said: unless a later one has spoken, its time is
+    /// the cluster's.
+    pub(crate) fn follow(&self, node: u64, term: u64, heard: Option<&peer::Clock>) {
+        self.hear(node, heard, |inner, stamp, knows| {
+            if knows {
+                inner.follow(term, stamp);
+            } else if !inner.synced {
+                inner.raise(stamp);
+            }
+        });
         let at = self.monotonic();
         self.lock().followed = Some((node, at));
     }
@@ -146,59 +237,93 @@ impl ClusterClock {
             .map(|(_, at)| now.saturating_sub(at))
     }
 
-    fn hear(&self, node: u64, heard: Option<&peer::Clock>, take: impl FnOnce(&mut Inner, Stamp)) {
-        let Some(heard) = heard else { return };
+    fn hear(
+        &self,
+        node: u64,
+        clock: Option<&peer::Clock>,
+        take: impl FnOnce(&mut Inner, Stamp, bool),
+    ) {
+        let Some(clock) = clock else { return };
         let mut inner = self.lock();
         self.run(&mut inner);
-        let at = inner.at;
-        inner.walls.insert(node, (heard.wall, at));
-        if inner.leading {
+        let stamp = Stamp { time: Timestamp(clock.time), steady: Timestamp(clock.steady) };
+        if inner.is_garbled(stamp, self.clock.wall()) {
+            let is_first = inner.garbled.insert(node);
+            drop(inner);
+            if is_first {
+                tracing::warn!(
+                    node,
+                    time = clock.time,
+                    "the time that this node says is minutes ahead of the cluster's and of the \
+                     wall clock here, and is ignored; check the clocks of both machines"
+                );
+            }
             return;
         }
-        let stamp = Stamp { time: Timestamp(heard.time), steady: Timestamp(heard.steady) };
-        take(&mut inner, stamp);
-        inner.synced |= heard.synced;
+        inner.garbled.remove(&node);
+        let heard = Heard {
+            wall: clock.wall,
+            is_synchronised: clock.wall_synchronised,
+            kept: (clock.kept > 0).then_some(clock.kept),
+            at: inner.at,
+        };
+        inner.heard.insert(node, heard);
+        if !inner.leading {
+            take(&mut inner, stamp, clock.synced);
+        }
     }
 
     /// What this node says in its messages.
     pub(crate) fn announce(&self) -> peer::Clock {
         let mut inner = self.lock();
         self.run(&mut inner);
+        let wall_synchronised = self.is_synchronised(&mut inner);
         let stamp = inner.stamp();
+        let kept = if inner.synced { None } else { inner.kept_now() };
         peer::Clock {
             time: stamp.time.0,
             steady: stamp.steady.0,
             synced: inner.synced,
             wall: self.clock.wall(),
+            wall_synchronised,
+            kept: kept.unwrap_or(0),
         }
     }
 
-    /// Begins to lead. Returns by how much time leapt, if it did.
-    pub(crate) fn begin_leading(&self, voters: usize) -> Option<Duration> {
+    fn is_synchronised(&self, inner: &mut Inner) -> bool {
+        match inner.synchronised {
+            Some((is_synchronised, at)) if inner.at < at + SYNCHRONISED_INTERVAL => is_synchronised,
+            _ => {
+                let is_synchronised = self.clock.wall_is_synchronised();
+                inner.synchronised = Some((is_synchronised, inner.at));
+                is_synchronised
+            }
+        }
+    }
+
+    /// Begins to lead. Returns how time goes on, if this node had lost count; `voters` are the sets
+    /// of which a majority each decides.
+    pub(crate) fn begin_leading(&self, voters: &[BTreeSet<u64>]) -> Option<Beginning> {
         let mut inner = self.lock();
         self.run(&mut inner);
-        inner.leading = true;
-        inner.slewable = 0;
+        if !inner.leading {
+            inner.leading = true;
+            inner.slewable = 0;
+        }
         if inner.synced {
             return None;
         }
-        let now = inner.at;
-        let mut walls: Vec<u64> = inner
-            .walls
-            .values()
-            .map(|(wall, at)| wall.saturating_add(micros(now.saturating_sub(*at)) / 1000))
-            .collect();
-        walls.push(self.clock.wall());
-        if walls.len() <= voters / 2 {
-            return None;
-        }
+        let own = Heard {
+            wall: self.clock.wall(),
+            is_synchronised: self.is_synchronised(&mut inner),
+            kept: inner.kept_now(),
+            at: inner.at,
+        };
+        let beginning = inner.weigh(self.own_id, own, voters)?;
         inner.synced = true;
-        walls.sort_unstable();
-        // The lower median: of two guesses the one that expires nothing too early.
-        let median = walls[(walls.len() - 1) / 2].saturating_mul(1000);
-        let leap = median.saturating_sub(inner.time);
-        inner.time += leap;
-        (leap > 0).then(|| Duration::from_micros(leap))
+        inner.is_missing_evidence = beginning.evidence == Evidence::Missing;
+        inner.time = inner.time.saturating_add(micros(beginning.leap));
+        Some(beginning)
     }
 
     /// Ends to lead.
@@ -206,7 +331,89 @@ impl ClusterClock {
         let mut inner = self.lock();
         self.run(&mut inner);
         inner.leading = false;
+        inner.is_missing_evidence = false;
     }
+
+    /// An operator says that it is at least `time`. Returns by how much time leaps; `None` if this
+    /// node does not lead, or does not know the time.
+    pub(crate) fn set_time(&self, time: Timestamp) -> Option<Duration> {
+        let mut inner = self.lock();
+        self.run(&mut inner);
+        if !inner.leading || !inner.synced {
+            return None;
+        }
+        inner.is_missing_evidence = false;
+        let leap = time.0.saturating_mul(1000).saturating_sub(inner.time);
+        inner.time += leap;
+        Some(Duration::from_micros(leap))
+    }
+
+    /// What has to be kept for the next start: `None` while this node does not know the time.
+    pub(crate) fn keep(&self) -> Option<KeptTime> {
+        let mut inner = self.lock();
+        self.run(&mut inner);
+        inner.synced.then(|| KeptTime { time: inner.stamp().time, at: inner.at })
+    }
+
+    /// What an operator should know of the clocks; each a sentence.
+    pub(crate) fn warnings(&self, voters: &[BTreeSet<u64>]) -> Vec<String> {
+        let mut inner = self.lock();
+        self.run(&mut inner);
+        let mut warnings: Vec<String> = inner
+            .garbled
+            .iter()
+            .map(|node| {
+                format!(
+                    "node {node} says a time that is minutes ahead of the cluster's; it is ignored"
+                )
+            })
+            .collect();
+        if !inner.leading {
+            return warnings;
+        }
+        let own = Heard {
+            wall: self.clock.wall(),
+            is_synchronised: self.is_synchronised(&mut inner),
+            kept: None,
+            at: inner.at,
+        };
+        let walls =
+            inner.fresh(self.own_id, own, |heard| heard.is_synchronised.then_some(heard.wall));
+        let behind = decide(&walls, voters)
+            .map(|wall| Duration::from_millis(wall.saturating_sub(inner.time / 1000)))
+            .filter(|behind| *behind > BEHIND_MAX);
+        match behind {
+            Some(behind) => warnings.push(format!(
+                "cluster time is {} s behind the synchronised wall clocks of a majority, and \
+                 catches up by 1 % of passing time; quorate cluster set-time sets it at once",
+                behind.as_secs()
+            )),
+            None if inner.is_missing_evidence => warnings.push(
+                "how long the whole cluster was down is not known, as its machines were rebooted \
+                 and the clocks of a majority were not synchronised: cluster time went on from \
+                 where it was; quorate cluster set-time sets it"
+                    .to_owned(),
+            ),
+            None => {}
+        }
+        warnings
+    }
+}
+
+/// The value that a majority of every set supports: the lower median, which of two guesses is the
+/// one that expires nothing too early. `None` if a majority of some set has none.
+fn decide(values: &BTreeMap<u64, u64>, voters: &[BTreeSet<u64>]) -> Option<u64> {
+    let mut decided: Option<u64> = None;
+    for set in voters {
+        let mut found: Vec<u64> = set.iter().filter_map(|id| values.get(id).copied()).collect();
+        if found.len() <= set.len() / 2 {
+            return None;
+        }
+        found.sort_unstable();
+        let median = found[(found.len() - 1) / 2];
+        decided = Some(decided.map_or(median, |other| other.min(median)));
+    }
+    decided
 }
 
 impl Inner {
@@ -220,12 +427,76 @@ impl Inner {
         self.steady = self.steady.max(steady);
     }
 
-    fn follow(&mut self, stamp: Stamp) {
-        let (time, steady) = in_micros(stamp);
-        self.floor_time = self.floor_time.max(time);
-        self.floor_steady = self.floor_steady.max(steady);
-        self.time = self.floor_time;
-        self.steady = self.floor_steady;
+    fn follow(&mut self, term: u64, stamp: Stamp) {
+        let (mut time, mut steady) = in_micros(stamp);
+        match self.spoken {
+            Some(spoken) if spoken.term > term => return,
+            // Within its term a leader's time only grows; a message that was overtaken says less.
+            Some(spoken) if spoken.term == term => {
+                time = time.max(spoken.time);
+                steady = steady.max(spoken.steady);
+            }
+            _ => {}
+        }
+        self.spoken = Some(Spoken { term, time, steady });
+        self.time = self.floor_time.max(time);
+        self.steady = self.floor_steady.max(steady);
+        self.synced = true;
+    }
+
+    /// Whether nobody who counts right can have come to `stamp`. Steady time never gains on time.
+    fn is_garbled(&self, stamp: Stamp, wall: u64) -> bool {
+        let own = self.stamp();
+        let wall = wall.max(self.kept_now().unwrap_or(0));
+        let ahead_max = u64::try_from(AHEAD_MAX.as_millis()).unwrap_or(u64::MAX);
+        let time_max = own.time.0.max(wall).saturating_add(ahead_max);
+        let passed = stamp.time.0.saturating_sub(own.time.0);
+        let steady_max = own.steady.0.saturating_add(passed).saturating_add(ahead_max);
+        stamp.time.0 > time_max || stamp.steady.0 > steady_max
+    }
+
+    /// What the record from before this process says of the time, in milliseconds.
+    fn kept_now(&self) -> Option<u64> {
+        let kept = self.kept?;
+        Some(kept.time.plus(self.at.saturating_sub(kept.at)).0)
+    }
+
+    /// What this node and its peers say of themselves, as it is by now, in milliseconds.
+    fn fresh(
+        &self,
+        own_id: u64,
+        own: Heard,
+        value: impl Fn(&Heard) -> Option<u64>,
+    ) -> BTreeMap<u64, u64> {
+        let heard = self.heard.iter().map(|(node, heard)| (*node, *heard));
+        heard
+            .chain([(own_id, own)])
+            .filter_map(|(node, heard)| {
+                let age = self.at.saturating_sub(heard.at);
+                let age_millis = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+                let value = value(&heard).filter(|_| age <= FRESH_MAX)?;
+                Some((node, value.saturating_add(age_millis)))
+            })
+            .collect()
+    }
+
+    /// How time goes on; `None` until a majority has been heard.
+    fn weigh(&self, own_id: u64, own: Heard, voters: &[BTreeSet<u64>]) -> Option<Beginning> {
+        let kept = decide(&self.fresh(own_id, own, |heard| heard.kept), voters);
+        let synchronised =
+            self.fresh(own_id, own, |heard| heard.is_synchronised.then_some(heard.wall));
+        let walls = decide(&self.fresh(own_id, own, |heard| Some(heard.wall)), voters)?;
+        let (time, evidence) = if self.floor_time == 0 {
+            (walls, Evidence::New)
+        } else if let Some(kept) = kept {
+            (kept, Evidence::Kept)
+        } else if let Some(walls) = decide(&synchronised, voters) {
+            (walls, Evidence::Walls)
+        } else {
+            (0, Evidence::Missing)
+        };
+        let leap = Duration::from_micros(time.saturating_mul(1000).saturating_sub(self.time));
+        Some(Beginning { leap, evidence })
     }
 
     /// Speeds up or slows down the `elapsed` microseconds just added, towards `wall`. Stamps can
@@ -252,157 +523,4 @@ fn in_micros(stamp: Stamp) -> (u64, u64) {
 
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A clock that a test moves by hand.
-    #[derive(Default)]
-    struct Manual(Mutex<(Duration, u64)>);
-
-    impl Manual {
-        fn starting_at(wall: u64) -> Arc<Self> {
-            Arc::new(Self(Mutex::new((Duration::from_secs(1), wall))))
-        }
-
-        /// Lets time pass, the wall clock's as well.
-        fn pass(&self, milliseconds: u64) {
-            let mut now = self.0.lock().unwrap();
-            now.0 += Duration::from_millis(milliseconds);
-            now.1 += milliseconds;
-        }
-
-        fn step_wall(&self, milliseconds: i64) {
-            let mut now = self.0.lock().unwrap();
-            now.1 = now.1.saturating_add_signed(milliseconds);
-        }
-    }
-
-    impl Clock for Manual {
-        fn monotonic(&self) -> Duration {
-            self.0.lock().unwrap().0
-        }
-
-        fn wall(&self) -> u64 {
-            self.0.lock().unwrap().1
-        }
-    }
-
-    const HOUR: u64 = 3_600_000;
-    const START: u64 = 1_000 * HOUR;
-
-    fn node(wall: u64, highest: u64) -> (Arc<Manual>, ClusterClock) {
-        let manual = Manual::starting_at(wall);
-        let highest = Stamp { time: Timestamp(highest), steady: Timestamp(highest) };
-        (manual.clone(), ClusterClock::new(manual, highest))
-    }
-
-    #[test]
-    fn a_new_cluster_takes_the_median_wall_clock() {
-        let (_, first) = node(START, 0);
-        let (_, second) = node(START + HOUR, 0);
-        let (_, third) = node(START + 5 * HOUR, 0);
-        assert!(!first.is_synced());
-        first.observe(2, Some(&second.announce()));
-        first.observe(3, Some(&third.announce()));
-        assert!(first.begin_leading(3).is_some());
-        assert_eq!(first.now().time, Timestamp(START + HOUR));
-        assert!(first.is_synced());
-    }
-
-    #[test]
-    fn a_failover_neither_goes_back_nor_leaps() {
-        let (leader_time, leader) = node(START, START);
-        leader.begin_leading(1);
-        let (follower_time, follower) = node(START, START);
-        // The leader's wall clock is far behind, so it slews as slowly as it may.
-        leader_time.step_wall(-(HOUR as i64));
-        for _ in 0..10_000 {
-            leader_time.pass(100);
-            follower_time.pass(100);
-            follower.follow(1, Some(&leader.announce()));
-        }
-        let before = leader.now();
-        follower.begin_leading(3);
-        let after = follower.now();
-        assert!(after.time >= before.time, "{after:?} {before:?}");
-        assert!(after.time.since(before.time) <= Duration::from_millis(2), "{after:?} {before:?}");
-        assert!(after.steady.since(before.steady) <= Duration::from_millis(2));
-    }
-
-    #[test]
-    fn time_runs_on_while_nobody_leads() {
-        let (_, leader) = node(START, START);
-        leader.begin_leading(1);
-        let (time, follower) = node(START, 0);
-        follower.follow(1, Some(&leader.announce()));
-        time.pass(700);
-        assert_eq!(follower.now().time, Timestamp(START + 700));
-    }
-
-    #[test]
-    fn a_step_of_the_wall_clock_is_slewed() {
-        let (time, leader) = node(START, START);
-        leader.begin_leading(1);
-        leader.now();
-        time.step_wall(HOUR as i64);
-        // Many short steps, as stamps are drawn.
-        let mut last = leader.now();
-        for _ in 0..100_000 {
-            time.pass(1);
-            let now = leader.now();
-            assert!(now.time >= last.time);
-            last = now;
-        }
-        let gained = last.time.since(Timestamp(START)).as_millis();
-        assert!((100_900..=101_001).contains(&gained), "{gained}");
-    }
-
-    #[test]
-    fn after_all_were_down_only_sessions_feel_the_gap() {
-        let (_, second) = node(START + HOUR, START);
-        let (_, first) = node(START + HOUR, START);
-        first.observe(2, Some(&second.announce()));
-        let leap = first.begin_leading(3);
-        assert_eq!(leap, Some(Duration::from_millis(HOUR)));
-        let now = first.now();
-        assert_eq!(now, Stamp { time: Timestamp(START + HOUR), steady: Timestamp(START) });
-    }
-
-    #[test]
-    fn a_leader_that_was_cut_off_does_not_carry_its_drift_to_the_next() {
-        let (old_time, old) = node(START, START);
-        let (new_time, new) = node(START, START);
-        let (time, follower) = node(START, START);
-        old.begin_leading(3);
-        new.follow(1, Some(&old.announce()));
-        new.begin_leading(3);
-        old_time.step_wall(HOUR as i64);
-        new_time.step_wall(-(HOUR as i64));
-        for _ in 0..600 {
-            for clock in [&old_time, &new_time, &time] {
-                clock.pass(100);
-            }
-            old.now();
-            follower.follow(2, Some(&new.announce()));
-        }
-        let apart = old.now().steady.since(new.now().steady);
-        assert!(apart > Duration::from_millis(1_000), "{apart:?}");
-        // The next to lead asks the old one for its vote.
-        follower.observe(1, Some(&old.announce()));
-        follower.begin_leading(3);
-        assert!(follower.now().steady <= new.now().steady);
-    }
-
-    #[test]
-    fn who_heard_the_time_does_not_leap() {
-        let (_, old) = node(START, START);
-        old.begin_leading(1);
-        let (_, restarted) = node(START + HOUR, START - 5);
-        restarted.observe(1, Some(&old.announce()));
-        assert_eq!(restarted.begin_leading(3), None);
-        assert_eq!(restarted.now().time, Timestamp(START));
-    }
 }

@@ -177,7 +177,7 @@ type Answers = BTreeMap<u64, Result<peer::IdentifyResponse, String>>;
 async fn ask_all(node: &Node, listed: &BTreeMap<u64, String>) -> Answers {
     let own = node.options.node_id;
     let questions = listed.iter().filter(|(id, _)| **id != own).map(|(id, address)| async move {
-        let answer = ask(own, *id, address).await;
+        let answer = ask(own, *id, address, node.options.timeouts.election_timeout).await;
         let answer = answer.and_then(|answer| {
             if answer.node_id == *id {
                 Ok(answer)
@@ -194,8 +194,9 @@ async fn ask(
     from_node: u64,
     to_node: u64,
     address: &str,
+    election_timeout: Duration,
 ) -> Result<peer::IdentifyResponse, String> {
-    let channel = connect(address).map_err(|error| error.to_string())?;
+    let channel = connect(address, election_timeout).map_err(|error| error.to_string())?;
     let mut request = tonic::Request::new(peer::IdentifyRequest { from_node, to_node });
     request.set_timeout(ASK_TIMEOUT);
     let answer = client(channel).identify(request).await.map_err(|status| {
@@ -288,7 +289,8 @@ async fn adopt_all(node: &Node, founding: &Founding) -> Result<(), String> {
         if *id == node.options.node_id {
             continue;
         }
-        let channel = connect(&member.peer_address).map_err(|error| error.to_string())?;
+        let channel = connect(&member.peer_address, node.options.timeouts.election_timeout)
+            .map_err(|error| error.to_string())?;
         let mut request = tonic::Request::new(peer::AdoptRequest {
             cluster_id_high: (founding.cluster_id >> 64) as u64,
             cluster_id_low: founding.cluster_id as u64,

@@ -1,20 +1,16 @@
 //! Who leads, as this node knows it, and what that means for its clock.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use openraft::ServerState;
 use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::type_config::alias::WatchReceiverOf;
 use tokio::sync::watch;
 
-use super::clock::ClusterClock;
-use super::types::{Member, Raft, TypeConfig};
+use super::clock::{Beginning, ClusterClock, Evidence};
+use super::types::{LogId, Member, Raft, TypeConfig};
 use crate::state::Stamp;
-
-/// A leap this long is the first one: from no time to ours.
-const FIRST_LEAP_MIN: Duration = Duration::from_secs(20 * 365 * 24 * 3600);
 
 /// Where commands go.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +28,8 @@ pub(crate) struct Leadership {
     raft: Raft,
     clock: Arc<ClusterClock>,
     view: watch::Sender<Arc<View>>,
+    /// Where in the log the membership stands, for messages to others.
+    membership: Arc<Mutex<Option<LogId>>>,
 }
 
 /// Everything that reads and writes need to know of the membership.
@@ -47,14 +45,18 @@ pub(crate) struct View {
 }
 
 impl Leadership {
-    pub(crate) fn new(raft: Raft, clock: Arc<ClusterClock>) -> Arc<Self> {
+    pub(crate) fn new(
+        raft: Raft,
+        clock: Arc<ClusterClock>,
+        membership: Arc<Mutex<Option<LogId>>>,
+    ) -> Arc<Self> {
         let view = watch::Sender::new(Arc::new(View {
             route: Route::Unknown,
             term: 0,
             voters: Vec::new(),
             peers: Vec::new(),
         }));
-        let this = Arc::new(Self { raft, clock, view });
+        let this = Arc::new(Self { raft, clock, view, membership });
         this.update();
         this
     }
@@ -74,6 +76,8 @@ impl Leadership {
         let metrics = self.raft.server_metrics();
         let metrics = metrics.borrow_watched().clone();
         let own = *self.raft.node_id();
+        *self.membership.lock().unwrap_or_else(PoisonError::into_inner) =
+            *metrics.membership_config.log_id();
         let membership = metrics.membership_config.membership();
         let leads = metrics.state == ServerState::Leader
             && metrics.vote.committed
@@ -96,14 +100,7 @@ impl Leadership {
                 .collect(),
         };
         if leads {
-            let voters = membership.voter_ids().count();
-            if let Some(leap) = self.clock.begin_leading(voters) {
-                if leap > FIRST_LEAP_MIN {
-                    tracing::info!("the cluster's time begins at the voters' median wall clock");
-                } else {
-                    tracing::info!(?leap, "all were down: time leaps to the voters' median");
-                }
-            }
+            self.begin_leading(&view.voters);
         } else {
             self.clock.end_leading();
         }
@@ -117,6 +114,34 @@ impl Leadership {
         if changed {
             let leader = metrics.current_leader;
             tracing::info!(?leader, term = metrics.vote.leader_id.term, "leadership");
+        }
+    }
+
+    /// Lets a leader that could not find the time when it began try again.
+    pub(crate) fn find_time(&self) {
+        let view = self.view();
+        if view.route == Route::Local && !self.clock.is_synced() {
+            self.begin_leading(&view.voters);
+        }
+    }
+
+    fn begin_leading(&self, voters: &[BTreeSet<u64>]) {
+        let Some(Beginning { leap, evidence }) = self.clock.begin_leading(voters) else { return };
+        let leap = format_args!("{} s", leap.as_secs_f64());
+        match evidence {
+            Evidence::New => {
+                tracing::info!("the cluster's time begins at the voters' median wall clock");
+            }
+            Evidence::Kept => tracing::info!(%leap, "all were down; time goes on by so much"),
+            Evidence::Walls => tracing::info!(
+                %leap,
+                "all were down; time leaps by so much, to the voters' median wall clock"
+            ),
+            Evidence::Missing => tracing::warn!(
+                "all were down, their machines were rebooted, and the wall clocks of a majority \
+                 are not synchronised: time goes on from where it was; see quorate cluster \
+                 set-time"
+            ),
         }
     }
 

@@ -168,22 +168,24 @@ impl LogStore {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn read(&self, from: u64, until: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
-        if from < self.wal.first_index() {
-            return Err(io::Error::new(
-                io::ErrorKind::NotFound,
-                format!(
-                    "log entry {from} was purged; the log begins at {}",
-                    self.wal.first_index()
-                ),
-            ));
-        }
-        let records = self.wal.read(from..until, bytes_max).map_err(log_failed)?;
-        (from..)
+    fn read(&self, from: u64, until: u64, bytes_max: usize) -> io::Result<Read> {
+        let records = match self.wal.read(from..until, bytes_max) {
+            Ok(records) => records,
+            Err(WalError::Purged { first, .. }) => return Ok(Read::Purged { first }),
+            Err(error) => return Err(log_failed(error)),
+        };
+        let entries = (from..)
             .zip(records)
-            .map(|(index, record)| convert::record_in(index, record).map_err(invalid))
-            .collect()
+            .map(|(index, record)| convert::record_in(index, record).map_err(invalid));
+        entries.collect::<io::Result<_>>().map(Read::Entries)
     }
+}
+
+/// What a range of the log came to. Whether its beginning is still there is seen in the one look
+/// that finds the records, so that a purge beside it cannot shift them.
+enum Read {
+    Entries(Vec<Entry>),
+    Purged { first: u64 },
 }
 
 fn read_one(wal: &Wal, index: u64) -> io::Result<Entry> {
@@ -217,15 +219,21 @@ impl RaftLogReader<TypeConfig> for LogStore {
             Bound::Excluded(index) => *index,
             Bound::Unbounded => next,
         };
-        let (mut from, until) = (from.max(self.wal.first_index()), until.min(next));
+        let (mut from, until) = (from, until.min(next));
         let mut entries = Vec::new();
         while from < until {
-            let read = self.read(from, until, usize::MAX)?;
-            if read.is_empty() {
-                break;
+            match self.read(from, until, usize::MAX)? {
+                Read::Entries(read) if read.is_empty() => break,
+                Read::Entries(read) => {
+                    from += read.len() as u64;
+                    entries.extend(read);
+                }
+                // What was purged may be missing at the beginning, but not behind it.
+                Read::Purged { first } => {
+                    entries.clear();
+                    from = first;
+                }
             }
-            from += read.len() as u64;
-            entries.extend(read);
         }
         Ok(entries)
     }
@@ -239,7 +247,12 @@ impl RaftLogReader<TypeConfig> for LogStore {
         start: u64,
         end: u64,
     ) -> Result<Vec<Entry>, io::Error> {
-        self.read(start, end, APPEND_BYTES_MAX)
+        Ok(match self.read(start, end, APPEND_BYTES_MAX)? {
+            Read::Entries(entries) => entries,
+            // An error here would end the leader. The follower is sent nothing, which `network`
+            // notices: it ends the stream, and openraft sends a snapshot instead.
+            Read::Purged { .. } => Vec::new(),
+        })
     }
 }
 

@@ -36,6 +36,8 @@ pub(crate) struct Applied {
     /// One more than the index of the last entry applied.
     pub(crate) next_index: u64,
     pub(crate) revision: Revision,
+    /// Where in the log the membership stands.
+    pub(crate) membership: Option<LogId>,
 }
 
 /// The state of one replica, shared by those who apply, read and checkpoint.
@@ -81,6 +83,7 @@ impl Core {
         let applied = Applied {
             next_index: last_applied.map_or(0, |log_id| log_id.index + 1),
             revision: state.revision(),
+            membership: *membership.log_id(),
         };
         Arc::new(Self {
             inner: Mutex::new(Inner {
@@ -115,9 +118,9 @@ impl Core {
         self.applied.subscribe()
     }
 
-    /// Log index of the first entry not applied.
-    pub(crate) fn next_index(&self) -> u64 {
-        self.applied.borrow().next_index
+    /// Where in the log the membership stands, as far as it is applied.
+    pub(crate) fn membership(&self) -> Option<LogId> {
+        self.applied.borrow().membership
     }
 
     pub(crate) fn last_applied(&self) -> Option<LogId> {
@@ -158,8 +161,11 @@ impl Core {
             }
         };
         inner.last_applied = Some(entry.log_id);
-        let applied =
-            Applied { next_index: entry.log_id.index + 1, revision: inner.state.revision() };
+        let applied = Applied {
+            next_index: entry.log_id.index + 1,
+            revision: inner.state.revision(),
+            membership: *inner.membership.log_id(),
+        };
         drop(inner);
         self.applied.send_replace(applied);
         calls.make();
@@ -168,7 +174,11 @@ impl Core {
 
     fn install(&self, boundary: Boundary, state: State, file: SnapshotFile) {
         let mut inner = self.lock();
-        let applied = Applied { next_index: boundary.next_index(), revision: state.revision() };
+        let applied = Applied {
+            next_index: boundary.next_index(),
+            revision: state.revision(),
+            membership: *boundary.membership.log_id(),
+        };
         let mut calls = Calls::default();
         inner.state = state;
         self.following.installed(&inner.state, &mut calls);

@@ -3,15 +3,18 @@
 //! Reading order: [`node`](Node) owns a node's life; `formation` makes a cluster of empty nodes;
 //! `replica` is one Raft group, `recovery` what it finds on disk; `leadership` says where commands
 //! go; `lanes` says in which order, and `proposals` packs them into entries; `barrier` makes reads
-//! linearizable; `machine` applies, and `following` tells who waits for a lock; `sweeper` answers
-//! whoever has waited long enough for any of these; `dirty` collects what has changed, of which
-//! `checkpointer` keeps the durable copy; `clock` and `ticker` are time; `log`, `network`,
-//! `exchange` and `peer` are the disk and the wire as Raft uses them, by way of `types` and
-//! `convert`; `status` and `halt` are for the operator.
+//! linearizable, as `rounds` decides; `machine` applies, and `following` tells who waits for a
+//! lock; `sweeper` answers whoever has waited long enough for any of these; `dirty` collects what
+//! has changed, of which `checkpointer` keeps the durable copy; `clock`, `ticker` and `timekeeper` are
+//! time;
+//! `log`, `network`, `exchange` and `peer` are the disk and the wire as Raft uses them, by way of
+//! `types` and `convert`; `status` and `halt` are for the operator.
 
 mod barrier;
 mod checkpointer;
 mod clock;
+#[cfg(test)]
+mod clock_test;
 mod convert;
 mod dirty;
 mod exchange;
@@ -27,18 +30,24 @@ mod machine;
 mod network;
 mod node;
 mod peer;
+#[cfg(test)]
+mod peer_test;
 mod proposals;
 mod recovery;
 mod replica;
+mod rounds;
+#[cfg(test)]
+mod rounds_test;
 mod status;
 #[cfg(test)]
 mod suite_test;
 mod sweeper;
 mod ticker;
+mod timekeeper;
 mod types;
 
 pub use checkpointer::CheckpointPolicy;
 pub use following::ClaimEnd;
 pub use node::{Acquired, Node, NodeError, NodeOptions, ReadError, WriteError};
-pub use replica::RaftTimeouts;
+pub use replica::{RaftTimeouts, SetTimeError};
 pub use status::{MemberStatus, NodeStatus, Role};

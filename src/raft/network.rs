@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::io::Read as _;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -30,23 +31,20 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::clock::ClusterClock;
 use super::convert::{append_result_in, entry_out, log_id_in, log_id_out, vote_in, vote_out};
-use super::types::{Member, TypeConfig, Vote};
+use super::types::{LogId, Member, TypeConfig, Vote};
 use crate::limits::ENTRY_BYTES_MAX;
 use crate::proto::peer;
 use crate::proto::peer::peer_service_client::PeerServiceClient;
 use crate::storage::snapshot::SnapshotFile;
+use crate::storage::wal::Wal;
 
 /// Largest message between nodes: an append of entries, with room for its frame.
 pub(crate) const PEER_MESSAGE_BYTES_MAX: usize = 4 * ENTRY_BYTES_MAX;
-/// A new connection that takes longer has failed; loopback and data centres need a fraction.
-const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 /// Pause before another attempt to reach a peer that could not be reached.
 const UNREACHABLE_PAUSE: Duration = Duration::from_millis(100);
 /// How long a commit that no entry follows is held back for one that might: see `hold_commits`.
 const COMMIT_HOLD: Duration = Duration::from_millis(1);
 const SNAPSHOT_CHUNK_BYTES: usize = 256 * 1024;
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Who a node is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +60,33 @@ pub(crate) struct Peers {
     pub(crate) clock: Arc<ClusterClock>,
     /// Ends the holding back of commits.
     pub(crate) flush_commits: Arc<Notify>,
+    pub(crate) announced: Arc<Announced>,
+    /// Where in the log this node's membership stands.
+    pub(crate) membership: Arc<Mutex<Option<LogId>>>,
+    election_timeout: Duration,
+    wal: Wal,
     links: Mutex<HashMap<(u64, String), Arc<PeerLink>>>,
+}
+
+/// How far this node, leading, has told other nodes that the log is committed.
+///
+/// Whoever is told applies it and may show it, perhaps before this node has applied as much. What
+/// is committed stays committed, so the highest index ever told is right in any term.
+#[derive(Default)]
+pub(crate) struct Announced(AtomicU64);
+
+impl Announced {
+    /// To be called before the message leaves.
+    fn note(&self, committed: Option<&LogId>) {
+        if let Some(committed) = committed {
+            self.0.fetch_max(committed.index + 1, Ordering::SeqCst);
+        }
+    }
+
+    /// One more than the highest index told.
+    pub(crate) fn next_index(&self) -> u64 {
+        self.0.load(Ordering::SeqCst)
+    }
 }
 
 /// The connections to one peer.
@@ -75,17 +99,26 @@ pub(crate) struct PeerLink {
 
 /// A lazy connection to a peer's address.
 ///
+/// A connection that is in use and has been silent for a quarter of the election timeout is asked
+/// for a sign of life, and is replaced if it gives none for a whole one. So a cut is noticed about
+/// when an election would begin, and the first attempt after it succeeds at once, where TCP by
+/// itself would wait for its next retransmission; and a peer that was stopped for less than an
+/// election timeout keeps its connections.
+///
 /// # Errors
 ///
 /// If the address is not of the form host:port.
-pub(crate) fn connect(address: &str) -> Result<Channel, tonic::transport::Error> {
+pub(crate) fn connect(
+    address: &str,
+    election_timeout: Duration,
+) -> Result<Channel, tonic::transport::Error> {
     Ok(Endpoint::from_shared(format!("http://{address}"))?
-        .connect_timeout(CONNECT_TIMEOUT)
+        .connect_timeout(election_timeout / 2)
         .tcp_nodelay(true)
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(16 << 20)
-        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
-        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .http2_keep_alive_interval(election_timeout / 4)
+        .keep_alive_timeout(election_timeout)
         .connect_lazy())
 }
 
@@ -96,11 +129,20 @@ pub(crate) fn client(channel: Channel) -> PeerServiceClient<Channel> {
 }
 
 impl Peers {
-    pub(crate) fn new(identity: Identity, clock: Arc<ClusterClock>) -> Arc<Self> {
+    pub(crate) fn new(
+        identity: Identity,
+        clock: Arc<ClusterClock>,
+        election_timeout: Duration,
+        wal: Wal,
+    ) -> Arc<Self> {
         Arc::new(Self {
             identity,
             clock,
+            election_timeout,
+            wal,
+            membership: Arc::default(),
             flush_commits: Arc::new(Notify::new()),
+            announced: Arc::default(),
             links: Mutex::new(HashMap::new()),
         })
     }
@@ -111,12 +153,12 @@ impl Peers {
         if let Some(link) = links.get(&key) {
             return Ok(link.clone());
         }
-        let address = &member.peer_address;
+        let connect = || connect(&member.peer_address, self.election_timeout);
         let link = Arc::new(PeerLink {
-            control: connect(address)?,
-            append: connect(address)?,
-            bulk: connect(address)?,
-            exchange: connect(address)?,
+            control: connect()?,
+            append: connect()?,
+            bulk: connect()?,
+            exchange: connect()?,
         });
         links.insert(key, link.clone());
         Ok(link)
@@ -131,9 +173,43 @@ impl Peers {
         Ok(client(self.link(node, member)?.exchange.clone()))
     }
 
+    /// An append as it leaves.
+    fn append_out(
+        &self,
+        header: Option<peer::Header>,
+        rpc: AppendEntriesRequest<TypeConfig>,
+    ) -> peer::AppendRequest {
+        self.announced.note(rpc.leader_commit.as_ref());
+        peer::AppendRequest {
+            header,
+            vote: Some(vote_out(&rpc.vote)),
+            prev_log_id: rpc.prev_log_id.as_ref().map(log_id_out),
+            leader_commit: rpc.leader_commit.as_ref().map(log_id_out),
+            entries: rpc.entries.into_iter().map(entry_out).collect(),
+            clock: Some(self.clock.announce()),
+        }
+    }
+
+    /// A heartbeat as it leaves.
+    fn heartbeat_out(
+        &self,
+        header: peer::Header,
+        rpc: &AppendEntriesRequest<TypeConfig>,
+    ) -> peer::HeartbeatRequest {
+        self.announced.note(rpc.leader_commit.as_ref());
+        peer::HeartbeatRequest {
+            header: Some(header),
+            vote: Some(vote_out(&rpc.vote)),
+            prev_log_id: rpc.prev_log_id.as_ref().map(log_id_out),
+            leader_commit: rpc.leader_commit.as_ref().map(log_id_out),
+        }
+    }
+
     /// What opens a message or a stream to a peer.
     pub(crate) fn header(&self, to_node: u64, to_incarnation: u64) -> peer::Header {
+        let membership = *self.membership.lock().unwrap_or_else(PoisonError::into_inner);
         peer::Header {
+            membership: membership.as_ref().map(log_id_out),
             cluster_id_high: (self.identity.cluster_id >> 64) as u64,
             cluster_id_low: self.identity.cluster_id as u64,
             from_node: self.identity.node_id,
@@ -244,12 +320,7 @@ impl Network {
         rpc: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> RpcResult<AppendEntriesResponse<TypeConfig>> {
-        let mut request = tonic::Request::new(peer::HeartbeatRequest {
-            header: Some(self.header()),
-            vote: Some(vote_out(&rpc.vote)),
-            prev_log_id: rpc.prev_log_id.as_ref().map(log_id_out),
-            leader_commit: rpc.leader_commit.as_ref().map(log_id_out),
-        });
+        let mut request = tonic::Request::new(self.peers.heartbeat_out(self.header(), &rpc));
         request.set_timeout(option.hard_ttl());
         let mut client = client(self.link()?.control.clone());
         let response =
@@ -275,20 +346,14 @@ impl Network {
         // one is taken before anything that can fail.
         let mut input = input;
         let Some(first) = input.next().await else { return Ok(Box::pin(stream::empty())) };
-        let clock = self.peers.clock.clone();
+        let peers = self.peers.clone();
         let mut header = Some(self.header());
         let flush = self.peers.flush_commits.clone();
-        let requests =
-            stream::once(async move { first }).chain(hold_commits(input, flush)).map(move |rpc| {
-                peer::AppendRequest {
-                    header: header.take(),
-                    vote: Some(vote_out(&rpc.vote)),
-                    prev_log_id: rpc.prev_log_id.as_ref().map(log_id_out),
-                    leader_commit: rpc.leader_commit.as_ref().map(log_id_out),
-                    entries: rpc.entries.into_iter().map(entry_out).collect(),
-                    clock: Some(clock.announce()),
-                }
-            });
+        let wal = self.peers.wal.clone();
+        let purged = Arc::new(AtomicBool::new(false));
+        let held = stream::once(async move { first }).chain(hold_commits(input, flush));
+        let sendable = until_purged(held, move || wal.first_index(), purged.clone());
+        let requests = sendable.map(move |rpc| peers.append_out(header.take(), rpc));
         let mut client = client(self.link()?.append.clone());
         let responses =
             client.append(requests).await.map_err(|status| failed(&status))?.into_inner();
@@ -296,8 +361,34 @@ impl Network {
             Ok(response) => append_result_in(response.result).map_err(malformed),
             Err(status) => Err(failed(&status)),
         });
-        Ok(Box::pin(answers))
+        let end = stream::iter(std::iter::from_fn(move || {
+            purged.swap(false, Ordering::Relaxed).then(|| {
+                let reason = "the next entry was purged; a snapshot has to take its place";
+                Err(RPCError::Network(NetworkError::from_string(reason)))
+            })
+        }));
+        Ok(Box::pin(answers.chain(end)))
     }
+}
+
+/// Ends a replication session that cannot go on because the entry that it needs next was purged
+/// (see `LogStore::limited_get_log_entries`), and says so in `purged`.
+fn until_purged<S>(
+    requests: S,
+    first_index: impl Fn() -> u64 + Send + 'static,
+    purged: Arc<AtomicBool>,
+) -> impl Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + 'static
+where
+    S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Send + 'static,
+{
+    requests.take_while(move |rpc| {
+        let next_index = rpc.prev_log_id.map_or(0, |log_id| log_id.index + 1);
+        let is_stuck = rpc.entries.is_empty() && next_index < first_index();
+        if is_stuck {
+            purged.store(true, Ordering::Relaxed);
+        }
+        std::future::ready(!is_stuck)
+    })
 }
 
 /// Spares the commit-only append that openraft sends after every commit.
@@ -350,6 +441,12 @@ impl RaftNetworkV2<TypeConfig> for Network {
         rpc: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> RpcResult<AppendEntriesResponse<TypeConfig>> {
+        if !rpc.entries.is_empty() {
+            // They would be lost, and acknowledged.
+            return Err(RPCError::Network(NetworkError::from_string(
+                "a heartbeat carries no entries; they go by stream",
+            )));
+        }
         self.heartbeat(rpc, option).await
     }
 
@@ -445,4 +542,55 @@ fn snapshot_chunks(
         }
     });
     Ok(ReceiverStream::new(stream))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::raft::types::{Entry, EntryPayload, log_id};
+
+    fn request(prev: u64, entries: u64) -> AppendEntriesRequest<TypeConfig> {
+        let entry = |index| Entry { log_id: log_id(1, index), payload: EntryPayload::Blank };
+        AppendEntriesRequest {
+            vote: Vote::new_committed(1, 1),
+            prev_log_id: Some(log_id(1, prev)),
+            leader_commit: None,
+            entries: (prev + 1..=prev + entries).map(entry).collect(),
+        }
+    }
+
+    #[test]
+    fn whoever_tells_others_of_a_commit_knows_of_it() {
+        use crate::clock::SystemClock;
+        use crate::state::Stamp;
+        use crate::storage::file::RealFiles;
+        use crate::storage::wal::WalOptions;
+
+        let directory = tempfile::tempdir().unwrap();
+        let wal = Wal::open(Arc::new(RealFiles), directory.path(), WalOptions::default());
+        let clock = Arc::new(ClusterClock::new(1, Arc::new(SystemClock), Stamp::default(), None));
+        let identity = Identity { cluster_id: 1, node_id: 1, incarnation: 1 };
+        let peers = Peers::new(identity, clock, Duration::from_millis(500), wal.unwrap().0);
+        assert_eq!(peers.announced.next_index(), 0);
+        let committed =
+            |index| AppendEntriesRequest { leader_commit: Some(log_id(1, index)), ..request(9, 0) };
+        peers.append_out(None, committed(7));
+        assert_eq!(peers.announced.next_index(), 8);
+        peers.heartbeat_out(peer::Header::default(), &committed(9));
+        assert_eq!(peers.announced.next_index(), 10);
+        peers.append_out(None, committed(8));
+        assert_eq!(peers.announced.next_index(), 10);
+    }
+
+    #[tokio::test]
+    async fn a_session_whose_next_entry_was_purged_ends() {
+        for (last, is_stuck) in [(request(5, 0), true), (request(9, 0), false)] {
+            let requests = stream::iter([request(3, 2), last]);
+            let purged = Arc::new(AtomicBool::new(false));
+            // Entries 1 to 9 were purged after the first request was read.
+            let sent = until_purged(requests, || 10, purged.clone());
+            assert_eq!(sent.count().await, if is_stuck { 1 } else { 2 });
+            assert_eq!(purged.load(Ordering::Relaxed), is_stuck);
+        }
+    }
 }

@@ -20,12 +20,16 @@ use super::network::{self, PEER_MESSAGE_BYTES_MAX};
 use super::peer::PeerServer;
 use super::proposals::ProposeError;
 use super::recovery::{RecoveryError, StoragePaths};
-use super::replica::{RaftTimeouts, Replica, ReplicaParts};
+use super::replica::{RaftTimeouts, Replica, ReplicaParts, SetTimeError};
 use crate::clock::Clock;
 use crate::proto::peer;
 use crate::proto::peer::peer_service_server::PeerServiceServer;
 use crate::state::{Command, Outcome, Rejection, Reply, Stamp, State, Timestamp, encode_command};
 use crate::storage::directory::{DataDirectory, DirectoryError, Identity};
+
+/// How far beyond the leader's wall clock the cluster's time may be set: time never goes back, so
+/// a typing error would be there for ever.
+const SET_TIME_AHEAD_MAX: Duration = Duration::from_secs(60);
 
 /// Everything that a node needs; nothing is global.
 pub struct NodeOptions {
@@ -91,9 +95,24 @@ pub enum WriteError {
     /// No majority answered in time.
     #[error("no majority answered in time; whether the command was applied is not known")]
     OutcomeUnknown,
-    /// The node has stopped itself, for this reason.
+    /// The node has stopped itself, for this reason. Nothing was changed.
     #[error("this node has halted: {0}")]
     Halted(String),
+}
+
+impl WriteError {
+    /// A node that halts knows no more than another of what became of a command that it has
+    /// proposed: the others may have it, and may commit it.
+    fn of(error: ProposeError, halted: Option<String>) -> Self {
+        match (error, halted) {
+            (ProposeError::OutcomeUnknown, _) => Self::OutcomeUnknown,
+            (ProposeError::Overloaded | ProposeError::NoLeader, Some(reason)) => {
+                Self::Halted(reason)
+            }
+            (ProposeError::Overloaded, None) => Self::Overloaded,
+            (ProposeError::NoLeader, None) => Self::NoLeader,
+        }
+    }
 }
 
 /// What an Acquire came to.
@@ -260,6 +279,7 @@ impl Node {
                 wal: directory.wal_path(),
                 checkpoint: directory.sled_path(),
                 snapshots: directory.snapshots_path(),
+                time: directory.time_path(),
             }
         };
         let replica = Replica::start(ReplicaParts {
@@ -359,12 +379,7 @@ impl Node {
         let lane = Lane::of(command);
         let halt = self.halt.clone();
         let done = move |result: Result<Reply, ProposeError>| {
-            done(result.map_err(|error| match (halt.reason(), error) {
-                (Some(reason), _) => WriteError::Halted(reason),
-                (None, ProposeError::Overloaded) => WriteError::Overloaded,
-                (None, ProposeError::NoLeader) => WriteError::NoLeader,
-                (None, ProposeError::OutcomeUnknown) => WriteError::OutcomeUnknown,
-            }));
+            done(result.map_err(|error| WriteError::of(error, halt.reason())));
         };
         replica.proposals.propose(encode_command(command), resend, deadline, lane, Box::new(done));
     }
@@ -499,6 +514,23 @@ impl Node {
         self.replica.get().map_or(Timestamp(0), |replica| replica.clock.now().steady)
     }
 
+    /// Sets the cluster's time forward to `time`, or to this node's wall clock, as an operator
+    /// says: a leap, which sessions feel and leases do not. Returns by how much it leapt; time
+    /// that is later already stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// If this node does not lead, or if `time` is more than a minute beyond its wall clock.
+    pub async fn set_time(&self, time: Option<Timestamp>) -> Result<Duration, SetTimeError> {
+        let wall = Timestamp(self.options.clock.wall());
+        let time = time.unwrap_or(wall);
+        if time.since(wall) > SET_TIME_AHEAD_MAX {
+            return Err(SetTimeError::BeyondWallClock);
+        }
+        let replica = self.replica().ok_or(SetTimeError::NotLeader)?;
+        replica.set_time(time).await
+    }
+
     /// Local monotonic time, in which deadlines are given.
     pub fn monotonic(&self) -> Duration {
         self.options.clock.monotonic()
@@ -536,4 +568,20 @@ fn random_u64() -> io::Result<u64> {
 /// A random cluster id.
 pub(super) fn random_cluster_id() -> io::Result<u128> {
     Ok(u128::from(random_u64()?) << 64 | u128::from(random_u64()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_proposed_is_unknown_on_a_node_that_halts_too() {
+        let halted = || Some("the log failed".to_owned());
+        let is_halted = |error| matches!(WriteError::of(error, halted()), WriteError::Halted(_));
+        assert!(!is_halted(ProposeError::OutcomeUnknown));
+        assert!(is_halted(ProposeError::NoLeader));
+        assert!(is_halted(ProposeError::Overloaded));
+        let unknown = WriteError::of(ProposeError::OutcomeUnknown, halted());
+        assert_eq!(unknown, WriteError::OutcomeUnknown);
+    }
 }

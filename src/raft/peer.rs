@@ -38,10 +38,24 @@ pub(crate) struct PeerServer {
 
 /// Who sends a message of its kind.
 #[derive(Clone, Copy)]
-enum Sender {
-    /// The leader of this term, which may be over.
-    Leader(u64),
+enum Sender<'a> {
+    /// Whoever leads by this vote, in a term that may be over.
+    Leader(Option<&'a peer::VoteState>),
+    /// Whoever asks for this vote.
+    Candidate(Option<&'a peer::VoteState>),
     Anybody,
+}
+
+impl Sender<'_> {
+    /// Refuses one who speaks for somebody else.
+    fn check(self, from_node: u64) -> Result<(), Status> {
+        match self {
+            Self::Leader(Some(vote)) | Self::Candidate(Some(vote)) if vote.node != from_node => {
+                Err(invalid(format_args!("node {from_node} speaks for node {}", vote.node)))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 type Reply<T> = Result<Response<T>, Status>;
@@ -53,31 +67,60 @@ fn invalid(error: impl std::fmt::Display) -> Status {
 
 impl PeerServer {
     /// The replica, if the message is meant for it and its sender is who the membership says.
-    fn meant(&self, header: Option<&peer::Header>, sender: Sender) -> Result<Arc<Replica>, Status> {
+    fn meant(
+        &self,
+        header: Option<&peer::Header>,
+        sender: Sender<'_>,
+    ) -> Result<Arc<Replica>, Status> {
         let replica = self
             .node
             .replica()
             .ok_or_else(|| Status::unavailable("this node belongs to no cluster yet"))?;
         let header = header.ok_or_else(|| Status::invalid_argument("header is missing"))?;
         replica.check_header(header).map_err(Status::failed_precondition)?;
+        sender.check(header.from_node)?;
         match sender {
-            Sender::Leader(term) => hear(&replica, header.from_node, term, header.clock.as_ref()),
-            Sender::Anybody => replica.clock.observe(header.from_node, header.clock.as_ref()),
+            Sender::Leader(vote) => hear(&replica, header.from_node, vote, header.clock.as_ref()),
+            Sender::Candidate(_) | Sender::Anybody => {
+                replica.clock.observe(header.from_node, header.clock.as_ref());
+            }
         }
         Ok(replica)
     }
 }
 
 /// Takes a leader's word for the time, unless this node has voted in a later term.
-fn hear(replica: &Replica, from: u64, term: u64, clock: Option<&peer::Clock>) {
-    if term >= replica.log.promised_term() {
-        replica.clock.follow(from, clock);
+fn hear(replica: &Replica, from: u64, vote: Option<&peer::VoteState>, clock: Option<&peer::Clock>) {
+    if let Some(vote) = vote
+        && vote.term >= replica.log.promised_term()
+    {
+        replica.clock.follow(from, vote.term, clock);
     }
 }
 
-/// The term of a leader's message; zero, which is over, for one that is not valid.
-fn term_of(vote: Option<&peer::VoteState>) -> u64 {
-    vote.map_or(0, |vote| vote.term)
+/// The sender of a stream, who is looked at anew when the membership has changed.
+struct StreamSender {
+    replica: Arc<Replica>,
+    header: peer::Header,
+    membership: Option<LogId>,
+}
+
+impl StreamSender {
+    fn new(replica: Arc<Replica>, header: Option<peer::Header>) -> Self {
+        let membership = replica.core.membership();
+        Self { replica, header: header.unwrap_or_default(), membership }
+    }
+
+    fn check(&mut self, sender: Sender<'_>) -> Result<(), Status> {
+        let membership = self.replica.core.membership();
+        if membership != self.membership {
+            // What the sender knew when it opened the stream may be older than what it knows.
+            self.header.membership = None;
+            self.replica.check_header(&self.header).map_err(Status::failed_precondition)?;
+            self.membership = membership;
+        }
+        sender.check(self.header.from_node)
+    }
 }
 
 fn append_request(rpc: peer::AppendRequest) -> Result<AppendEntriesRequest<TypeConfig>, Status> {
@@ -111,7 +154,8 @@ impl PeerService for PeerServer {
 
     async fn vote(&self, request: Request<peer::VoteRequest>) -> Reply<peer::VoteResponse> {
         let request = request.into_inner();
-        let replica = self.meant(request.header.as_ref(), Sender::Anybody)?;
+        let sender = Sender::Candidate(request.vote.as_ref());
+        let replica = self.meant(request.header.as_ref(), sender)?;
         let mut rpc = VoteRequest::new(
             vote_in(request.vote).map_err(invalid)?,
             request.last_log_id.map(log_id_in),
@@ -137,7 +181,7 @@ impl PeerService for PeerServer {
         request: Request<peer::HeartbeatRequest>,
     ) -> Reply<peer::HeartbeatResponse> {
         let request = request.into_inner();
-        let sender = Sender::Leader(term_of(request.vote.as_ref()));
+        let sender = Sender::Leader(request.vote.as_ref());
         let replica = self.meant(request.header.as_ref(), sender)?;
         let prev_log_id: Option<LogId> = request.prev_log_id.map(log_id_in);
         let rpc = AppendEntriesRequest {
@@ -176,20 +220,19 @@ impl PeerService for PeerServer {
             .message()
             .await?
             .ok_or_else(|| Status::invalid_argument("an append stream without a request"))?;
-        let sender = Sender::Leader(term_of(first.vote.as_ref()));
+        let sender = Sender::Leader(first.vote.as_ref());
         let replica = self.meant(first.header.as_ref(), sender)?;
-        let from = first.header.as_ref().map_or(0, |header| header.from_node);
+        let mut first = first;
+        let sender = StreamSender::new(replica.clone(), first.header.take());
         let first = append_request(first)?;
-        let hearing = replica.clone();
-        // A request that cannot be read ends the stream; the leader opens another.
-        let rest = stream::unfold(requests, move |mut requests| {
-            let replica = hearing.clone();
-            async move {
-                let request = requests.message().await.ok()??;
-                let term = term_of(request.vote.as_ref());
-                hear(&replica, from, term, request.clock.as_ref());
-                Some((append_request(request).ok()?, requests))
-            }
+        // A request that cannot be read, or is not the leader's, ends the stream; the leader opens
+        // another.
+        let rest = stream::unfold((requests, sender), |(mut requests, mut sender)| async move {
+            let request = requests.message().await.ok()??;
+            let vote = request.vote.as_ref();
+            sender.check(Sender::Leader(vote)).ok()?;
+            hear(&sender.replica, sender.header.from_node, vote, request.clock.as_ref());
+            Some((append_request(request).ok()?, (requests, sender)))
         });
         let input = stream::once(async move { first }).chain(rest);
         let output = replica.raft.stream_append(input).map(|result| match result {
@@ -208,7 +251,7 @@ impl PeerService for PeerServer {
             .message()
             .await?
             .ok_or_else(|| Status::invalid_argument("a snapshot without a header"))?;
-        let sender = Sender::Leader(term_of(first.vote.as_ref()));
+        let sender = Sender::Leader(first.vote.as_ref());
         let replica = self.meant(first.header.as_ref(), sender)?;
         let vote = vote_in(first.vote).map_err(invalid)?;
         let directory = replica.snapshots.clone();
@@ -257,9 +300,13 @@ impl PeerService for PeerServer {
             .await?
             .ok_or_else(|| Status::invalid_argument("an exchange without a header"))?;
         let replica = self.meant(first.header.as_ref(), Sender::Anybody)?;
+        let mut sender = StreamSender::new(replica.clone(), first.header);
         let (answers, outbound) = mpsc::channel(ANSWERS_UNDER_WAY_MAX);
         tokio::spawn(async move {
             while let Ok(Some(question)) = questions.message().await {
+                if sender.check(Sender::Anybody).is_err() {
+                    return;
+                }
                 let Ok(permit) = answers.clone().reserve_owned().await else { return };
                 let correlation_id = question.correlation_id;
                 let Some(question) = question.request else { continue };

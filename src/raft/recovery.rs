@@ -23,6 +23,7 @@ pub(crate) struct StoragePaths {
     pub(crate) wal: PathBuf,
     pub(crate) checkpoint: PathBuf,
     pub(crate) snapshots: PathBuf,
+    pub(crate) time: PathBuf,
 }
 
 /// Everything that was found.

@@ -1,6 +1,6 @@
 //! One Raft group on one node: its log, its state, and everything that works for them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use super::barrier::{BarrierParts, Barriers};
 use super::checkpointer::{CheckpointPolicy, Checkpointer, CheckpointerParts};
 use super::clock::ClusterClock;
-use super::convert::record_in;
+use super::convert::{log_id_in, record_in};
 use super::exchange::Exchanges;
 use super::halt::Halt;
 use super::leadership::Leadership;
@@ -23,10 +23,11 @@ use super::proposals::Proposals;
 use super::recovery::{Recovery, RecoveryError, StoragePaths, recover};
 use super::sweeper::Sweeper;
 use super::ticker;
+use super::timekeeper;
 use super::types::{EntryPayload, Member, Raft};
 use crate::clock::Clock;
 use crate::proto::peer;
-use crate::state::{self, Stamp};
+use crate::state::{self, Stamp, Timestamp};
 use crate::storage::wal::Wal;
 
 /// How late it may be noticed that openraft has given up.
@@ -49,6 +50,17 @@ impl Default for RaftTimeouts {
             election_timeout: Duration::from_millis(500),
         }
     }
+}
+
+/// Why the cluster's time was not set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SetTimeError {
+    /// This node does not lead.
+    NotLeader,
+    /// No majority has confirmed it; whether it is set is not known.
+    OutcomeUnknown,
+    /// It is beyond this node's wall clock, which has to be right first.
+    BeyondWallClock,
 }
 
 pub(crate) struct Replica {
@@ -118,9 +130,13 @@ impl Replica {
         let durable = log.durable();
         let highest = highest_stamp(&wal, &recovered, state.as_ref().map(|(_, s)| s.clock()))?;
         let core = Core::new(state, replace_with);
-        let clock = Arc::new(ClusterClock::new(parts.clock.clone(), highest));
+        let time_note = parts.paths.time;
+        let kept = timekeeper::recall(&time_note, &*parts.clock);
+        let own_id = parts.identity.node_id;
+        let clock = Arc::new(ClusterClock::new(own_id, parts.clock.clone(), highest, kept));
         let snapshots = parts.paths.snapshots;
         let (snapshot_due, mut snapshots_due) = tokio::sync::mpsc::channel::<()>(1);
+        let machine_clock = parts.clock.clone();
         let checkpoints = parts.checkpoints.clone();
         let checkpointer = Checkpointer::start(CheckpointerParts {
             store,
@@ -139,7 +155,8 @@ impl Replica {
             }),
         })
         .map_err(RecoveryError::new)?;
-        let peers = Peers::new(parts.identity, clock.clone());
+        let election_timeout = parts.timeouts.election_timeout;
+        let peers = Peers::new(parts.identity, clock.clone(), election_timeout, wal.clone());
         let machine = StateMachine::new(core.clone(), clock.clone(), checkpointer.clone());
         let raft = Raft::new(
             parts.identity.node_id,
@@ -150,7 +167,7 @@ impl Replica {
         )
         .await
         .map_err(RecoveryError::new)?;
-        let leadership = Leadership::new(raft.clone(), clock.clone());
+        let leadership = Leadership::new(raft.clone(), clock.clone(), peers.membership.clone());
         let exchanges = Exchanges::new(peers.clone());
         let sweeper = Arc::new(Sweeper::default());
         let lagging = {
@@ -177,9 +194,11 @@ impl Replica {
             clock: clock.clone(),
             sweeper: sweeper.clone(),
             flush_commits: peers.flush_commits.clone(),
+            announced: peers.announced.clone(),
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(leadership.clone().run());
+        tasks.spawn(timekeeper::run(time_note, machine_clock, clock.clone(), leadership.clone()));
         tasks.spawn(proposals.clone().run());
         tasks.spawn(barriers.clone().run());
         tasks.spawn(ticker::run(
@@ -247,8 +266,23 @@ impl Replica {
         if members.is_empty() { self.founders.clone() } else { members }
     }
 
-    /// Refuses messages from another cluster, to another life of this node, or from another life
-    /// of a member.
+    /// The sets of voters; two while a membership change is under way.
+    pub(crate) fn voters(&self) -> Vec<BTreeSet<u64>> {
+        let metrics = self.raft.server_metrics();
+        metrics.borrow_watched().membership_config.membership().get_joint_config().clone()
+    }
+
+    /// Sets the cluster's time forward, and has that committed. Returns by how much it leapt.
+    pub(crate) async fn set_time(&self, time: Timestamp) -> Result<Duration, SetTimeError> {
+        let leap = self.clock.set_time(time).ok_or(SetTimeError::NotLeader)?;
+        match ticker::tick(&self.clock, &self.proposals).await {
+            true => Ok(leap),
+            false => Err(SetTimeError::OutcomeUnknown),
+        }
+    }
+
+    /// Refuses messages from another cluster, to another life of this node, from another life of a
+    /// member, or from a node that is no member.
     pub(crate) fn check_header(&self, header: &peer::Header) -> Result<(), String> {
         let cluster_id =
             u128::from(header.cluster_id_high) << 64 | u128::from(header.cluster_id_low);
@@ -270,7 +304,14 @@ impl Replica {
                 "node {} is a member in its life {:016x}; {:016x} is not that one",
                 header.from_node, member.incarnation, header.from_incarnation
             )),
-            _ => Ok(()),
+            Some(_) => Ok(()),
+            // One that has been added may be known to the sender before it is known here.
+            None if self.core.membership() < header.membership.map(log_id_in) => Ok(()),
+            None => Err(format!(
+                "node {} is no member of this cluster, and its membership is no newer than that \
+                 of node {}",
+                header.from_node, own.node_id
+            )),
         }
     }
 

@@ -85,6 +85,8 @@ pub struct NodeStatus {
     pub members: Vec<MemberStatus>,
     /// Why it takes no part, if it does not.
     pub halted_reason: Option<String>,
+    /// What an operator should look into; each a sentence.
+    pub warnings: Vec<String>,
 }
 
 impl Node {
@@ -178,6 +180,7 @@ impl Node {
             fsync_p99: Duration::ZERO,
             members: self.members(),
             halted_reason: self.halt.reason(),
+            warnings: Vec::new(),
         };
         let Some(replica) = self.replica() else { return status };
         let metrics = replica.raft.metrics();
@@ -207,6 +210,7 @@ impl Node {
         status.checkpoint_lag_bytes = replica.wal.bytes_after(checkpointed);
         status.checkpoint_age =
             checkpoint.finished_at.map(|at| self.monotonic().saturating_sub(at));
+        status.warnings = replica.clock.warnings(&replica.voters());
         status.fsync_p99 = replica.wal.statistics().sync_p99;
         status
     }

@@ -37,6 +37,7 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, Guard> for Stores {
             wal: directory.path().join("wal"),
             checkpoint: directory.path().join("sled"),
             snapshots: directory.path().join("snapshots"),
+            time: directory.path().join("time"),
         };
         let Recovery { store, wal, recovered, .. } = recover(&paths, false).unwrap();
         let log = LogStore::new(wal.clone(), &recovered).unwrap();
@@ -56,7 +57,7 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, Guard> for Stores {
             snapshot_due: Box::new(|| {}),
         })
         .unwrap();
-        let clock = Arc::new(ClusterClock::new(Arc::new(SystemClock), Stamp::default()));
+        let clock = Arc::new(ClusterClock::new(1, Arc::new(SystemClock), Stamp::default(), None));
         let machine = StateMachine::new(core, clock, checkpointer.clone());
         let guard = Guard { checkpointer, _directory: directory };
         Ok((guard, log, machine))

@@ -29,8 +29,10 @@ pub(crate) async fn run(
     proposals: Arc<Proposals>,
 ) {
     let mut changes = leadership.changes();
+    let mut has_begun = false;
     loop {
         if leadership.route() != Route::Local {
+            has_begun = false;
             if changes.changed().await.is_err() {
                 return;
             }
@@ -39,8 +41,12 @@ pub(crate) async fn run(
         let now = clock.now();
         let due_in = core.read(|state| state.due_in(now));
         let wait = due_in.map_or(LOOK_INTERVAL, |due_in| due_in.min(LOOK_INTERVAL));
+        // A new leader's time goes into the log at once: if it has leapt, others would otherwise
+        // have nothing but a leader's word for it.
+        let wait = if has_begun { wait } else { Duration::ZERO };
         // A Tick that is turned away is not tried again at once: that would starve all others.
         let wait = if wait.is_zero() && tick(&clock, &proposals).await {
+            has_begun = true;
             continue;
         } else {
             wait.max(RETRY_PAUSE)
@@ -51,7 +57,7 @@ pub(crate) async fn run(
 
 /// Proposes one Tick and waits until it is applied, so that sweeps and writes take turns. False if
 /// it was not.
-async fn tick(clock: &ClusterClock, proposals: &Proposals) -> bool {
+pub(crate) async fn tick(clock: &ClusterClock, proposals: &Proposals) -> bool {
     let (done, answered) = oneshot::channel();
     proposals.propose(
         encode_command(&Command::Tick),

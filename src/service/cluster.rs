@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::error::{Error, ErrorKind};
 use super::request::Call;
-use crate::raft::{Node, NodeStatus};
+use crate::raft::{Node, NodeStatus, SetTimeError, WriteError};
+use crate::state::Timestamp;
 
 /// The cluster use cases of one node.
 pub struct Cluster {
@@ -63,6 +65,29 @@ impl Cluster {
                 (ErrorKind::FailedPrecondition, "CANNOT_INITIALIZE")
             };
             Error::new(kind, reason, message)
+        })
+    }
+
+    /// Sets the cluster's time forward, to the leader's wall clock if `time` is not given. Returns
+    /// by how much it leapt.
+    ///
+    /// # Errors
+    ///
+    /// If this node does not lead, or `time` lies beyond its wall clock.
+    pub async fn set_time(&self, _call: &Call, time: Option<Timestamp>) -> Result<Duration, Error> {
+        self.node.set_time(time).await.map_err(|error| match error {
+            SetTimeError::NotLeader => Error::new(
+                ErrorKind::FailedPrecondition,
+                "NOT_LEADER",
+                "only the leader sets the time, and this node does not lead",
+            ),
+            SetTimeError::BeyondWallClock => Error::invalid(
+                "time",
+                "TIME_BEYOND_WALL_CLOCK",
+                "time is beyond the leader's wall clock; time cannot be set back, so set that \
+                 clock first if it is wrong",
+            ),
+            SetTimeError::OutcomeUnknown => Error::from(WriteError::OutcomeUnknown),
         })
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! lock         held (flock) for as long as the node lives
 //! identity     which node of which cluster this is
+//! time         what the time was, for the next start
 //! wal/ sled/ snapshots/
 //! ```
 //!
@@ -28,6 +29,7 @@ const IDENTITY: &str = "identity";
 const WAL: &str = "wal";
 const SLED: &str = "sled";
 const SNAPSHOTS: &str = "snapshots";
+const TIME: &str = "time";
 /// What a freshly made file system holds.
 const LOST_AND_FOUND: &str = "lost+found";
 
@@ -200,6 +202,11 @@ impl DataDirectory {
     /// The directory of the snapshot files.
     pub fn snapshots_path(&self) -> PathBuf {
         self.path.join(SNAPSHOTS)
+    }
+
+    /// The note of what the time was.
+    pub fn time_path(&self) -> PathBuf {
+        self.path.join(TIME)
     }
 }
 

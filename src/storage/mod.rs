@@ -1,8 +1,9 @@
 //! Bytes on disk. Nothing here knows what a session is: keys, values and headers are opaque.
 //!
 //! Reading order: `directory` says whose disk it is; `wal` is the log, on the files of `file`;
-//! `checkpoint` is the durable copy of the state, on `sled`; `snapshot` the same as one file. Small
-//! files go through `durable`, small values through `envelope`.
+//! `checkpoint` is the durable copy of the state, on `sled`; `snapshot` the same as one file;
+//! `timekeeping` is a note of what the time was. Small files go through `durable`, small values
+//! through `envelope`.
 
 pub mod checkpoint;
 pub mod directory;
@@ -11,4 +12,5 @@ pub mod envelope;
 pub mod file;
 pub mod sled;
 pub mod snapshot;
+pub mod timekeeping;
 pub mod wal;

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
-use super::convert::{cluster_id_out, member_out, status_out, timestamp_out};
+use super::convert::{
+    cluster_id_out, duration_out, member_out, status_out, timestamp_in, timestamp_out,
+};
 use super::status::status;
 use super::unary::timeout_of;
 use crate::proto::v1;
@@ -66,5 +68,19 @@ impl ClusterService for ClusterServer {
     ) -> Result<Response<v1::StatusResponse>, Status> {
         let call = Call::within(self.cluster.node(), Caller, timeout_of(&request));
         Ok(Response::new(status_out(self.cluster.status(&call), resident_bytes())))
+    }
+
+    async fn set_time(
+        &self,
+        request: Request<v1::SetTimeRequest>,
+    ) -> Result<Response<v1::SetTimeResponse>, Status> {
+        let call = Call::within(self.cluster.node(), Caller, timeout_of(&request));
+        let time = timestamp_in("time", request.into_inner().time).map_err(status)?;
+        let leap = self.cluster.set_time(&call, time).await.map_err(status)?;
+        let now = self.cluster.node().cluster_time();
+        Ok(Response::new(v1::SetTimeResponse {
+            leap: Some(duration_out(leap)),
+            cluster_time: now.map(|stamp| timestamp_out(stamp.time)),
+        }))
     }
 }

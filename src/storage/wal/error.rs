@@ -30,6 +30,14 @@ pub enum WalError {
     /// The caller broke the contract; nothing happened.
     #[error("refused by the log: {0}")]
     Refused(String),
+    /// The records asked for begin before the log does: they were purged.
+    #[error("record {asked} was purged; the log begins at {first}")]
+    Purged {
+        /// Index of the first record asked for.
+        asked: u64,
+        /// Index of the first record held, or of the next one if none is.
+        first: u64,
+    },
     /// The log was closed before the operation was queued.
     #[error("the log is closed")]
     Closed,

@@ -375,7 +375,7 @@ impl Wal {
 
     /// Records of `range`, as far as the log holds them, in order and without gaps: at least one if
     /// it holds one, then as many as stay within `bytes_max` (headers and payloads). The first is
-    /// at `range.start` or, if that is gone, at [`Wal::first_index`].
+    /// always at `range.start`; if that is gone, nothing is read: `Purged`.
     ///
     /// Reads the disk for records that are not in memory any more, and verifies them: `Corrupt` or
     /// `Io` stop nobody else. Fails also once the log has failed.
@@ -385,6 +385,12 @@ impl Wal {
             match &state.stopped {
                 None | Some(WalError::Closed) => {}
                 Some(error) => return Err(error.clone()),
+            }
+            match state.log.first() {
+                Some(first) if range.start < first && !range.is_empty() => {
+                    return Err(WalError::Purged { asked: range.start, first });
+                }
+                _ => {}
             }
             let found = state.log.find(range, bytes_max);
             let segments = reader::segments_of(&found.located, &state.segments);

@@ -52,5 +52,6 @@ pub(in crate::wire) fn status_out(status: NodeStatus, resident_bytes: u64) -> v1
         version: env!("CARGO_PKG_VERSION").to_owned(),
         members: status.members.into_iter().map(member_out).collect(),
         halted_reason: status.halted_reason.unwrap_or_default(),
+        warnings: status.warnings,
     }
 }

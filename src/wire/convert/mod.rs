@@ -26,7 +26,7 @@ pub(super) fn timestamp_out(timestamp: Timestamp) -> prost_types::Timestamp {
 }
 
 /// Cluster time has milliseconds; what is finer is cut off.
-fn timestamp_in(
+pub(super) fn timestamp_in(
     field: &'static str,
     timestamp: Option<prost_types::Timestamp>,
 ) -> Result<Option<Timestamp>, Error> {
