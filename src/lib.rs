@@ -52,8 +52,9 @@
 //! 1. `wire` decodes, [`service::Sessions::get`] validates, digests and builds a [`state::Query`].
 //! 2. [`raft::Node::read`] puts it behind a barrier. It joins the next round that has not been
 //!    sent: the leader asks the voters whether they have voted in a later term than its own, and a
-//!    majority that has not proves that what it had applied then is current. A follower asks
-//!    the leader for such a round and then waits until it has applied as far (`raft::barrier`).
+//!    majority that has not proves that what it had applied by then, or had told others is
+//!    committed, is current. A follower asks the leader for such a round and then waits until it
+//!    has applied as far (`raft::barrier` acts, `raft::rounds` decides).
 //! 3. The query looks at the state in memory, of the node that was asked, and `wire` encodes the
 //!    answer. A read writes nothing; one that also touches the session may propose a command.
 //!
@@ -77,6 +78,7 @@
 //! identity    cluster, node, incarnation, the founding members     storage::directory
 //! wal/        the Raft log and vote: what makes an answer true      storage::wal
 //! sled/       the state as of a recent entry, a checkpoint          storage::checkpoint, sled
+//! time        what the time was, until the machine is rebooted      storage::timekeeping
 //! snapshots/  the state as one file: a second line, sent to nodes   storage::snapshot
 //!             that are far behind; the log is purged up to it only
 //! ```
@@ -91,8 +93,11 @@
 //! expired, and nothing expires while nobody leads. A leader stamps with its monotonic clock,
 //! continued from the latest time that anybody is known to have acted on (`raft::clock`): neither
 //! a failover nor a step of a wall clock moves it back or makes it leap. It leaps only when a
-//! majority had lost count, which takes a stop of the whole cluster. What is due is gone for every
-//! reader at once; `raft::ticker` proposes a Tick, which removes it in bounded steps.
+//! majority had lost count, which takes a stop of the whole cluster: by what was noted before the
+//! stop (`raft::timekeeper`), which holds until the machines are rebooted; else to the wall clocks
+//! of a majority whose kernels call them synchronised; else not at all, and an operator is asked.
+//! What is due is gone for every reader at once; `raft::ticker` proposes a Tick, which removes it
+//! in bounded steps.
 //!
 //! # Retries
 //!
