@@ -97,13 +97,31 @@ pub(crate) struct PeerLink {
     exchange: Channel,
 }
 
-/// A lazy connection to a peer's address.
+/// When a connection to a peer is given up.
 ///
 /// A connection that is in use and has been silent for a quarter of the election timeout is asked
 /// for a sign of life, and is replaced if it gives none for a whole one. So a cut is noticed about
 /// when an election would begin, and the first attempt after it succeeds at once, where TCP by
 /// itself would wait for its next retransmission; and a peer that was stopped for less than an
 /// election timeout keeps its connections.
+struct Pace {
+    /// A new connection that takes longer has failed.
+    connect_timeout: Duration,
+    ask_after: Duration,
+    give_up_after: Duration,
+}
+
+impl Pace {
+    fn of(election_timeout: Duration) -> Self {
+        Self {
+            connect_timeout: election_timeout / 2,
+            ask_after: election_timeout / 4,
+            give_up_after: election_timeout,
+        }
+    }
+}
+
+/// A lazy connection to a peer's address.
 ///
 /// # Errors
 ///
@@ -112,13 +130,14 @@ pub(crate) fn connect(
     address: &str,
     election_timeout: Duration,
 ) -> Result<Channel, tonic::transport::Error> {
+    let pace = Pace::of(election_timeout);
     Ok(Endpoint::from_shared(format!("http://{address}"))?
-        .connect_timeout(election_timeout / 2)
+        .connect_timeout(pace.connect_timeout)
         .tcp_nodelay(true)
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(16 << 20)
-        .http2_keep_alive_interval(election_timeout / 4)
-        .keep_alive_timeout(election_timeout)
+        .http2_keep_alive_interval(pace.ask_after)
+        .keep_alive_timeout(pace.give_up_after)
         .connect_lazy())
 }
 
@@ -557,6 +576,16 @@ mod tests {
             leader_commit: None,
             entries: (prev + 1..=prev + entries).map(entry).collect(),
         }
+    }
+
+    #[test]
+    fn a_cut_is_noticed_and_a_nap_forgiven() {
+        let election_timeout = Duration::from_millis(500);
+        let pace = Pace::of(election_timeout);
+        assert!(pace.give_up_after > Duration::from_millis(400), "a peer may be stopped so long");
+        let noticed = pace.ask_after + pace.give_up_after;
+        assert!(noticed <= election_timeout * 3 / 2, "the longest that an election is waited for");
+        assert!(pace.connect_timeout < election_timeout);
     }
 
     #[test]
