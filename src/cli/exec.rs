@@ -15,6 +15,7 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{ExitCode, ExitStatus};
 use std::time::Duration;
@@ -27,6 +28,7 @@ use tokio::time::Instant;
 use super::argument;
 use super::failure::Failure;
 use super::lock::ModeArguments;
+use super::logging::LineQueue;
 use super::output;
 use super::signals::{Signals, ended_by};
 use crate::client::{Client, Error, Guard, Lease, LeaseOptions, Loss};
@@ -85,6 +87,7 @@ pub(crate) async fn run(
         return Err(Failure::Usage("the command after -- is empty: name one to run".to_owned()));
     }
     let mut signals = Signals::new()?;
+    let messages = LineQueue::start(io::stderr().as_fd(), |_| {})?;
     let owner = arguments.owner.clone().unwrap_or_else(owner);
     let options = LeaseOptions::new().ttl(arguments.ttl).owner(owner);
     let leases = client.leases();
@@ -107,7 +110,8 @@ pub(crate) async fn run(
             return Err(not_obtained(error, &arguments.name));
         }
     };
-    let ended = attend(&arguments, &guard, &mut signals).await;
+    let ended = attend(&arguments, &guard, &mut signals, &messages).await;
+    messages.flush();
     let lost = ended.as_ref().ok().and_then(|ended| ended.lost.as_ref());
     let was_held = give_back(guard, lease, lost, &mut signals, patience).await;
     // What a command did without the lock was not protected, so its word alone is no success.
@@ -129,11 +133,13 @@ fn not_obtained(error: Error, name: &str) -> Failure {
     }
 }
 
-/// Runs the command until it has ended, however it does.
+/// Runs the command until it has ended, however it does. A command whose lock is lost has to be
+/// stopped even where nobody reads what there is to say of it.
 async fn attend(
     arguments: &ExecArguments,
     guard: &Guard,
     signals: &mut Signals,
+    messages: &LineQueue,
 ) -> Result<Ended, Failure> {
     let mut running = match Running::start(&arguments.command, guard) {
         Ok(running) => running,
@@ -159,8 +165,8 @@ async fn attend(
         Lost::Lease(loss) => format!("its lease {}", loss.describe()),
         Lost::Broken => "somebody has taken it away".to_owned(),
     };
-    output::message(&format!("quorate: the lock is lost: {reason}; stopping the command"));
-    let code = exit_code(running.stop(grace(arguments.ttl)).await?);
+    messages.say(&format!("quorate: the lock is lost: {reason}; stopping the command"));
+    let code = exit_code(running.stop(grace(arguments.ttl), messages).await?);
     Ok(Ended { code, lost: Some(loss) })
 }
 
@@ -296,11 +302,11 @@ impl Running {
     }
 
     /// Ends it, and the rest of its group.
-    async fn stop(&mut self, grace: Duration) -> Result<ExitStatus, Failure> {
+    async fn stop(&mut self, grace: Duration, messages: &LineQueue) -> Result<ExitStatus, Failure> {
         let deadline = Instant::now() + grace;
         self.send(Signal::TERM);
         let Ok(ended) = tokio::time::timeout_at(deadline, self.child.wait()).await else {
-            output::message("quorate: the command goes on; killing it");
+            messages.say("quorate: the command goes on; killing it");
             self.send(Signal::KILL);
             // It may have ended this instant, or have left its group.
             let _ = self.child.start_kill();
@@ -310,7 +316,7 @@ impl Running {
             tokio::time::sleep(GROUP_CHECK).await;
         }
         if self.has_rest() {
-            output::message("quorate: what the command has started goes on; killing it");
+            messages.say("quorate: what the command has started goes on; killing it");
             self.send(Signal::KILL);
         }
         Ok(ended?)

@@ -15,6 +15,7 @@ mod failure;
 mod lease;
 mod load;
 mod lock;
+pub mod logging;
 mod output;
 mod ring;
 mod run;
@@ -29,6 +30,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 use self::failure::Failure;
+use self::logging::{LogFormat, Logging};
 use self::output::{Format, Output};
 use crate::client::{Client, ClientBuilder};
 
@@ -159,9 +161,11 @@ fn finish(result: Result<ExitCode, Failure>) -> ExitCode {
 /// Runs a client's command. One thread serves thousands of requests; more would only share cores
 /// with the nodes of the same machine.
 fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-    if let Ok(filter) = std::env::var("QUORATE_LOG") {
-        serve::start_logging(&filter, serve::LogFormat::Text)?;
-    }
+    // Its lines are written at the end.
+    let _logging = match std::env::var("QUORATE_LOG") {
+        Ok(filter) => Some(Logging::start(&filter, LogFormat::Text)?),
+        Err(_) => None,
+    };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -61,12 +61,6 @@ impl Output {
     }
 }
 
-/// What a command says on standard output when it has begun to serve. Whoever has closed it does
-/// not want to know.
-pub(crate) fn announcement(text: &str) {
-    let _ = writeln!(io::stdout().lock(), "{text}");
-}
-
 /// Says something to whoever runs the command. Nobody may be listening: that is no failure.
 pub(crate) fn message(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");

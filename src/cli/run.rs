@@ -3,28 +3,42 @@
 //! Each node has a thread and a single-threaded runtime of its own, so that `quorate dev` is three
 //! nodes as three processes would be, less the processes.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc as results;
 use std::time::Duration;
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-use super::output;
+use super::logging::Logging;
 use super::serve::ServeOptions;
-use crate::clock::SystemClock;
+use crate::clock::{Clock as _, SystemClock};
 use crate::raft::{CheckpointPolicy, Node, RaftTimeouts};
 use crate::server::{Listeners, Server, ServerError, ServerOptions};
 
 /// How often a node that has just started is asked whether it is ready.
 const READY_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What a node's thread reports, in this order.
+/// How long all nodes together have to stop. Nothing acknowledged depends on it: it is for clients
+/// to read their last answers, and for a last checkpoint.
+const STOP_GRACE: Duration = Duration::from_secs(20);
+
+/// How long a runtime is waited for whose node has stopped.
+const RUNTIME_GRACE: Duration = Duration::from_secs(1);
+
+/// What the main thread hears.
 enum Report {
+    /// A node serves.
     Ready,
-    /// It has stopped: as it was told, or because it had to.
-    Ended(Result<(), String>),
+    /// A node cannot go on, or could not start.
+    Failed(String),
+    /// A node's thread has ended.
+    Ended,
+    /// The first signal to stop.
+    Signal,
 }
 
 impl From<ServeOptions> for ServerOptions {
@@ -51,35 +65,40 @@ impl From<ServeOptions> for ServerOptions {
 }
 
 /// Runs nodes until SIGINT or SIGTERM, or until one of them cannot go on. `ready` is called once
-/// all of them serve.
-pub(super) fn run(nodes: Vec<ServeOptions>, ready: impl FnOnce()) -> ExitCode {
-    let (stop, stopping) = watch::channel(false);
-    if let Err(error) = stop_on_signals(stop.clone()) {
-        output::message(&format!("quorate: cannot listen for signals: {error}"));
+/// all of them serve; it must not block.
+///
+/// The main thread waits for reports and for nothing else, so that the process ends whatever has
+/// become of a node's thread: at the latest when those that are told to stop have had their time,
+/// and at once at a second signal.
+pub(super) fn run(nodes: Vec<ServeOptions>, logging: &Logging, ready: impl FnOnce()) -> ExitCode {
+    let (reports, inbox) = results::channel();
+    if let Err(error) = listen_for_signals(reports.clone()) {
+        logging.say(&format!("quorate: cannot listen for signals: {error}"));
         return ExitCode::FAILURE;
     }
     raise_file_limit();
-    let (reports, inbox) = results::channel();
+    let (stop, stopping) = watch::channel(false);
     let mut waiting = nodes.len();
     let mut running = nodes.len();
     for options in nodes {
-        let (reports, stopping) = (reports.clone(), stopping.clone());
-        let name = format!("node-{}", options.node_id);
-        let spawned = std::thread::Builder::new().name(name).spawn(move || {
-            let ended = run_node(options, stopping, &reports);
-            // The receiver waits for every node.
-            let _ = reports.send(Report::Ended(ended));
-        });
-        if let Err(error) = spawned {
-            output::message(&format!("quorate: cannot start a thread: {error}"));
+        if let Err(error) = spawn_node(options, stopping.clone(), reports.clone()) {
+            logging.say(&format!("quorate: cannot start a thread: {error}"));
             return ExitCode::FAILURE;
         }
     }
     let mut ready = Some(ready);
     let mut code = ExitCode::SUCCESS;
+    let mut deadline = None;
     while running > 0 {
-        match inbox.recv() {
-            Ok(Report::Ready) => {
+        let Some(report) = next_report(&inbox, deadline) else {
+            logging.say(&format!(
+                "quorate: not stopped within {STOP_GRACE:?}; the process ends without that. \
+                 Nothing acknowledged is lost by it"
+            ));
+            return ExitCode::FAILURE;
+        };
+        match report {
+            Report::Ready => {
                 waiting -= 1;
                 if waiting == 0
                     && let Some(ready) = ready.take()
@@ -87,18 +106,47 @@ pub(super) fn run(nodes: Vec<ServeOptions>, ready: impl FnOnce()) -> ExitCode {
                     ready();
                 }
             }
-            Ok(Report::Ended(ended)) => {
-                running -= 1;
-                if let Err(reason) = ended {
-                    output::message(&format!("quorate: {reason}"));
-                    code = ExitCode::FAILURE;
-                    stop.send_replace(true);
-                }
+            Report::Ended => running -= 1,
+            Report::Signal => {
+                stop.send_replace(true);
+                deadline.get_or_insert(SystemClock.monotonic() + STOP_GRACE);
             }
-            Err(_) => return ExitCode::FAILURE,
+            Report::Failed(reason) => {
+                logging.say(&format!("quorate: {reason}"));
+                code = ExitCode::FAILURE;
+                stop.send_replace(true);
+                deadline.get_or_insert(SystemClock.monotonic() + STOP_GRACE);
+            }
         }
     }
     code
+}
+
+/// The next report; `None` if there is none by the deadline.
+fn next_report(inbox: &results::Receiver<Report>, deadline: Option<Duration>) -> Option<Report> {
+    match deadline {
+        None => inbox.recv().ok(),
+        Some(deadline) => inbox.recv_timeout(deadline.saturating_sub(SystemClock.monotonic())).ok(),
+    }
+}
+
+/// Starts a node's thread, which says when it ends, however it does.
+fn spawn_node(
+    options: ServeOptions,
+    stopping: watch::Receiver<bool>,
+    reports: results::Sender<Report>,
+) -> std::io::Result<()> {
+    let node_id = options.node_id;
+    std::thread::Builder::new().name(format!("node-{node_id}")).spawn(move || {
+        let ran = catch_unwind(AssertUnwindSafe(|| run_node(options, stopping, &reports)));
+        let failed = ran.unwrap_or_else(|_| Err(format!("node {node_id}: its thread panicked")));
+        // The receiver lives for as long as the process.
+        if let Err(reason) = failed {
+            let _ = reports.send(Report::Failed(reason));
+        }
+        let _ = reports.send(Report::Ended);
+    })?;
+    Ok(())
 }
 
 /// Allows as many open files as this process may have: each segment of a log takes two, each
@@ -124,7 +172,10 @@ fn run_node(
         .enable_all()
         .build()
         .map_err(|error| format!("cannot start a runtime: {error}"))?;
-    runtime.block_on(serve_node(options.into(), stopping, reports))
+    let served = runtime.block_on(serve_node(options.into(), stopping, reports));
+    // A call that hangs in the disk would keep it for ever.
+    runtime.shutdown_timeout(RUNTIME_GRACE);
+    served
 }
 
 async fn serve_node(
@@ -137,7 +188,7 @@ async fn serve_node(
         let listeners = Listeners::bind(options.listen, options.peer_listen).await?;
         Server::start(options, listeners, Arc::new(SystemClock)).await
     };
-    let mut server = started.await.map_err(|error: ServerError| error.to_string())?;
+    let server = started.await.map_err(|error: ServerError| error.to_string())?;
     let node_id = server.node().node_id();
     let ready = tokio::spawn(report_ready(server.node().clone(), reports.clone()));
     tracing::info!(node_id, address = %server.address(), "listening");
@@ -152,9 +203,12 @@ async fn serve_node(
         _ = stopping.wait_for(|stop| *stop) => None,
     };
     ready.abort();
+    if let Some(reason) = failed {
+        let _ = reports.send(Report::Failed(format!("node {node_id}: {reason}")));
+    }
     tracing::info!(node_id, "stopping");
     server.stop().await;
-    failed.map_or(Ok(()), |reason| Err(format!("node {node_id}: {reason}")))
+    Ok(())
 }
 
 async fn report_ready(node: Arc<Node>, reports: results::Sender<Report>) {
@@ -166,24 +220,42 @@ async fn report_ready(node: Arc<Node>, reports: results::Sender<Report>) {
     let _ = reports.send(Report::Ready);
 }
 
-/// Sets `stop` at the first SIGINT or SIGTERM; a second one ends the process at once.
-fn stop_on_signals(stop: watch::Sender<bool>) -> std::io::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
+/// Reports the first SIGINT or SIGTERM; a second one ends the process at once. SIGHUP, which the end
+/// of a terminal and the rotation of logs send, ends nothing.
+///
+/// It has a thread and a runtime of its own, so that it works whatever the nodes do.
+fn listen_for_signals(reports: results::Sender<Report>) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (mut interrupt, mut terminate) = {
+    let (mut interrupt, mut terminate, mut hangup) = {
         let _entered = runtime.enter();
-        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+        (
+            signal(SignalKind::interrupt())?,
+            signal(SignalKind::terminate())?,
+            signal(SignalKind::hangup())?,
+        )
     };
     std::thread::Builder::new().name("signals".into()).spawn(move || {
         runtime.block_on(async {
+            let mut stopping = false;
+            let mut hung_up = false;
             loop {
-                tokio::select! {
-                    _ = interrupt.recv() => {}
-                    _ = terminate.recv() => {}
+                let signal = tokio::select! {
+                    _ = interrupt.recv() => Signal::INT,
+                    _ = terminate.recv() => Signal::TERM,
+                    _ = hangup.recv() => {
+                        if !std::mem::replace(&mut hung_up, true) {
+                            tracing::info!(
+                                "SIGHUP is ignored: logs go to standard error, and SIGTERM stops"
+                            );
+                        }
+                        continue;
+                    }
+                };
+                if std::mem::replace(&mut stopping, true) {
+                    std::process::exit(128 + signal.as_raw());
                 }
-                if stop.send_replace(true) {
-                    std::process::exit(130);
-                }
+                // The main thread is there for as long as the process.
+                let _ = reports.send(Report::Signal);
             }
         });
     })?;

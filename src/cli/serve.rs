@@ -4,26 +4,25 @@
 //! first of these that names it wins. What comes out is a [`ServeOptions`], complete and checked,
 //! for the node to be built from.
 
-use std::io::IsTerminal as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::Deserialize;
-use tracing_subscriber::EnvFilter;
 
 use super::argument;
 use super::failure::Failure;
-use super::output;
+pub use super::logging::LogFormat;
+use super::logging::{self, LineQueue, Logging};
 use super::run;
 use crate::client::NewMember;
 
 const LISTEN_DEFAULT: &str = "127.0.0.1:7400";
 const PEER_LISTEN_DEFAULT: &str = "127.0.0.1:7500";
-/// What openraft tells below that belongs into a debugger.
-const LOG_DEFAULT: &str = "info,openraft=error";
+const LOG_DEFAULT: &str = "info";
 const HEARTBEAT_INTERVAL_DEFAULT: Duration = Duration::from_millis(100);
 const ELECTION_TIMEOUT_DEFAULT: Duration = Duration::from_millis(500);
 /// Below this a heartbeat costs more than it tells.
@@ -56,19 +55,8 @@ pub struct ServeOptions {
     pub election_timeout: Duration,
     /// How log lines look.
     pub log_format: LogFormat,
-    /// Which log lines there are, as `RUST_LOG` has it.
+    /// Which log lines there are: a level of Quorate's own, or filters as `RUST_LOG` has them.
     pub log: String,
-}
-
-/// How log lines look.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum LogFormat {
-    /// For people.
-    #[default]
-    Text,
-    /// One JSON object a line.
-    Json,
 }
 
 /// `quorate serve`, as given: what is missing may be in the file.
@@ -113,7 +101,7 @@ pub(crate) struct ServeArguments {
     /// How log lines look [default: text]
     #[arg(long, env = "QUORATE_LOG_FORMAT", value_enum, value_name = "FORMAT")]
     log_format: Option<LogFormat>,
-    /// Which log lines there are: a level, or filters such as quorate=debug [default: info]
+    /// Which log lines there are: a level, or filters such as info,openraft=debug [default: info]
     #[arg(long, env = "QUORATE_LOG", value_name = "FILTER")]
     log: Option<String>,
     /// A TOML file with options
@@ -309,7 +297,7 @@ pub(crate) struct DevArguments {
     /// Keep everything here, for the next time [default: nothing is kept]
     #[arg(long, value_name = "DIRECTORY")]
     data_dir: Option<PathBuf>,
-    /// Which log lines there are: a level, or filters such as quorate=debug
+    /// Which log lines there are: a level, or filters such as info,openraft=debug
     #[arg(long, env = "QUORATE_LOG", value_name = "FILTER", default_value = "warn")]
     log: String,
 }
@@ -343,13 +331,16 @@ impl DevArguments {
 /// Runs one node until it is told to stop.
 pub(crate) fn serve(arguments: ServeArguments) -> Result<ExitCode, Failure> {
     let options = arguments.into_options()?;
-    start_logging(&options.log, options.log_format)?;
-    Ok(run::run(vec![options], || {}))
+    let logging = Logging::start(&options.log, options.log_format)?;
+    logging::log_panics();
+    Ok(run::run(vec![options], &logging, || {}))
 }
 
 /// Runs three nodes until they are told to stop.
 pub(crate) fn dev(mut arguments: DevArguments) -> Result<ExitCode, Failure> {
-    start_logging(&arguments.log, LogFormat::Text)?;
+    let logging = Logging::start(&arguments.log, LogFormat::Text)?;
+    logging::log_panics();
+    let out = LineQueue::start(std::io::stdout().as_fd(), |_| {})?;
     let Some(data_dir) = arguments.data_dir.take() else {
         let directory = tempfile::Builder::new()
             .prefix("quorate-dev-")
@@ -357,38 +348,17 @@ pub(crate) fn dev(mut arguments: DevArguments) -> Result<ExitCode, Failure> {
             .map_err(|error| Failure::Failed(format!("no temporary directory: {error}")))?;
         // The directory goes when this function returns, whatever the nodes came to.
         let nodes = arguments.into_options(directory.path());
-        return Ok(run::run(nodes, || announce(directory.path(), false)));
+        let announce = || out.say(&announcement(directory.path(), false));
+        return Ok(run::run(nodes, &logging, announce));
     };
     let nodes = arguments.into_options(&data_dir);
-    Ok(run::run(nodes, || announce(&data_dir, true)))
-}
-
-/// Sends log lines to standard error from now on.
-pub(crate) fn start_logging(filter: &str, format: LogFormat) -> Result<(), Failure> {
-    // The parser takes any single word for the name of a target, and then logs nothing else.
-    let is_level = |word: &str| word.parse::<tracing::level_filters::LevelFilter>().is_ok();
-    let word = filter.trim();
-    if word.chars().all(char::is_alphanumeric) && !is_level(word) {
-        let message = format!("--log {word}: not one of off, error, warn, info, debug, trace");
-        return Err(Failure::Usage(message));
-    }
-    let filter = EnvFilter::try_new(filter)
-        .map_err(|error| Failure::Usage(format!("--log {filter}: {error}")))?;
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr);
-    let started = match format {
-        LogFormat::Text => subscriber.try_init(),
-        LogFormat::Json => subscriber.json().try_init(),
-    };
-    started.map_err(|error| Failure::Failed(format!("cannot log: {error}")))
+    Ok(run::run(nodes, &logging, || out.say(&announcement(&data_dir, true))))
 }
 
 /// What `quorate dev` says when its nodes serve.
-fn announce(data_dir: &Path, kept: bool) {
+fn announcement(data_dir: &Path, kept: bool) -> String {
     let data = if kept { "kept" } else { "removed at the end" };
-    output::announcement(&format!(
+    format!(
         "Quorate is ready: three nodes on 127.0.0.1:7400, 127.0.0.1:7401 and 127.0.0.1:7402\n\
          Data in {} ({data}). Ctrl-C stops it. In another terminal:\n\n  \
          quorate session create --principal alice theme=dark\n  \
@@ -396,7 +366,7 @@ fn announce(data_dir: &Path, kept: bool) {
          quorate cluster status\n  \
          quorate bench --work update --clients 64 --duration 5s",
         data_dir.display()
-    ));
+    )
 }
 
 #[cfg(test)]

@@ -256,11 +256,17 @@ impl Cluster {
     }
 
     pub(crate) fn spawn_with(&mut self, id: u64, arguments: &[String]) {
+        let trace = &self.nodes[&id].trace;
+        let trace = OpenOptions::new().create(true).append(true).open(trace).unwrap();
+        self.spawn_telling(id, arguments, trace.into());
+    }
+
+    /// The same, with what the node says going elsewhere.
+    pub(crate) fn spawn_telling(&mut self, id: u64, arguments: &[String], stderr: Stdio) {
         self.tell("start", id);
         let node = self.node(id);
         assert!(node.child.is_none(), "node {id} is running already");
-        let trace = OpenOptions::new().create(true).append(true).open(&node.trace).unwrap();
-        node.child = Some(quorate().args(arguments).stderr(trace).spawn().unwrap());
+        node.child = Some(quorate().args(arguments).stderr(stderr).spawn().unwrap());
     }
 
     /// Runs a node that is to end by itself, beside those of the cluster.
@@ -281,7 +287,7 @@ impl Cluster {
         }
     }
 
-    fn signal(&mut self, id: u64, signal: Signal) {
+    pub(crate) fn signal(&mut self, id: u64, signal: Signal) {
         let child = self.node(id).child.as_ref().expect("the node is running");
         kill_process(Pid::from_child(child), signal).unwrap();
     }

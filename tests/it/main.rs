@@ -31,3 +31,4 @@ mod random;
 mod register;
 mod secrets;
 mod snapshot;
+mod traces;
