@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
 
 use crate::clock::Clock;
 use crate::raft::{CheckpointPolicy, Node, NodeError, NodeOptions, RaftTimeouts};
@@ -65,7 +64,8 @@ pub struct Server {
     node: Arc<Node>,
     address: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
-    serving: JoinHandle<Result<(), String>>,
+    /// Comes when clients are served no more.
+    served: oneshot::Receiver<()>,
 }
 
 /// Listeners that are bound and not served yet.
@@ -133,11 +133,19 @@ impl Server {
         .await?;
         let (stop, stopped) = oneshot::channel::<()>();
         let serving = wire::serve(node.clone(), listeners.clients, async move {
-            // A server that is dropped stops serving as well.
+            // A server that is dropped stops as well.
             let _ = stopped.await;
         });
-        let serving = tokio::spawn(async move { serving.await.map_err(|error| error.to_string()) });
-        Ok(Self { node, address, stop: Some(stop), serving })
+        let (ended, served) = oneshot::channel::<()>();
+        let serving_node = node.clone();
+        node.supervise("client listener", async move {
+            if let Err(error) = serving.await {
+                serving_node.halt(&format!("the client listener failed: {error}"));
+            }
+            // Dropped with whatever else becomes of this task.
+            drop(ended);
+        });
+        Ok(Self { node, address, stop: Some(stop), served })
     }
 
     /// Where clients are listened for.
@@ -151,26 +159,114 @@ impl Server {
     }
 
     /// Waits until the node cannot go on, and returns why.
-    pub async fn failed(&mut self) -> String {
-        tokio::select! {
-            reason = self.node.halted() => reason,
-            served = &mut self.serving => match served {
-                Ok(Ok(())) => "the client listener closed".to_owned(),
-                Ok(Err(error)) => format!("the client listener failed: {error}"),
-                Err(error) => format!("the client listener failed: {error}"),
-            },
-        }
+    pub async fn failed(&self) -> String {
+        self.node.halted().await
     }
 
     /// Drains and stops.
     pub async fn stop(mut self) {
+        self.node.begin_stop();
         if let Some(stop) = self.stop.take() {
             // Nobody listens any more if serving has ended by itself.
             let _ = stop.send(());
         }
-        if tokio::time::timeout(DRAIN_TIMEOUT, &mut self.serving).await.is_err() {
-            self.serving.abort();
-        }
+        // Whoever has not read the last answers by then is cut off with the node's other tasks.
+        let _ = tokio::time::timeout(DRAIN_TIMEOUT, &mut self.served).await;
         self.node.stop().await;
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // A server that is dropped stops serving.
+        self.node.begin_stop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+    use crate::clock::SystemClock;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+    const ANY_PORT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+    /// A cluster of one that serves.
+    async fn serving(directory: &std::path::Path) -> Server {
+        let listeners = Listeners::bind(ANY_PORT, ANY_PORT).await.unwrap();
+        let options = ServerOptions {
+            node_id: 1,
+            data_directory: directory.to_owned(),
+            listen: ANY_PORT,
+            peer_listen: ANY_PORT,
+            advertise: None,
+            peer_advertise: None,
+            initial_cluster: [(1, listeners.peer_address().unwrap().to_string())].into(),
+            timeouts: RaftTimeouts::default(),
+            checkpoints: CheckpointPolicy::default(),
+        };
+        let server = Server::start(options, listeners, Arc::new(SystemClock)).await.unwrap();
+        let serves = async {
+            while !server.node().is_ready() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, serves).await.expect("it serves");
+        server
+    }
+
+    async fn halted(server: &Server) -> String {
+        let reason = tokio::time::timeout(PATIENCE, server.failed()).await.expect("it halts");
+        assert!(!server.node().is_ready(), "halted for {reason}, and says that it serves");
+        reason
+    }
+
+    /// Kills each long-lived task of a node in turn, on a node of its own.
+    #[tokio::test]
+    async fn a_node_of_which_any_task_ends_halts_whole_and_names_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let server = serving(&directory.path().join("names")).await;
+        // These have done their work, or wait for somebody to join.
+        let finite = ["formation", "joining"];
+        let names = server.node().task_names().into_iter().filter(|name| !finite.contains(name));
+        let names: Vec<&str> = names.collect();
+        for expected in ["leadership", "ticker", "raft", "peer listener", "client listener"] {
+            assert!(names.contains(&expected), "{expected} is not among {names:?}");
+        }
+        server.stop().await;
+        let killings = names.iter().map(async |name| {
+            let server = serving(&directory.path().join(name)).await;
+            server.node().kill_task(name);
+            assert_eq!(halted(&server).await, format!("task {name} ended"));
+            server.stop().await;
+        });
+        futures_util::future::join_all(killings).await;
+    }
+
+    /// The same for what is not a task of ours.
+    #[tokio::test]
+    async fn a_node_of_which_a_thread_or_raft_itself_is_gone_halts_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        for (part, reason) in [
+            ("log", "thread quorate-wal panicked: killed by a test"),
+            ("checkpoints", "thread checkpoint panicked: killed by a test"),
+            ("raft", "task raft ended"),
+        ] {
+            let server = serving(&directory.path().join(part)).await;
+            server.node().kill_part(part).await;
+            assert_eq!(halted(&server).await, reason);
+            server.stop().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_node_that_is_told_to_stop_gives_no_reason() {
+        let directory = tempfile::tempdir().unwrap();
+        let server = serving(&directory.path().join("node")).await;
+        let node = server.node().clone();
+        server.stop().await;
+        assert_eq!(node.status().halted_reason, None);
     }
 }

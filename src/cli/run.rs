@@ -220,8 +220,8 @@ async fn report_ready(node: Arc<Node>, reports: results::Sender<Report>) {
     let _ = reports.send(Report::Ready);
 }
 
-/// Reports the first SIGINT or SIGTERM; a second one ends the process at once. SIGHUP, which the end
-/// of a terminal and the rotation of logs send, ends nothing.
+/// Reports the first SIGINT or SIGTERM; a second one ends the process at once. SIGHUP, which comes
+/// from terminals that close and logs that are rotated, ends nothing.
 ///
 /// It has a thread and a runtime of its own, so that it works whatever the nodes do.
 fn listen_for_signals(reports: results::Sender<Report>) -> std::io::Result<()> {

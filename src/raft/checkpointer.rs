@@ -16,13 +16,13 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use super::convert::boundary_encode;
-use super::halt::Halt;
 use super::log::Durable;
 use super::machine::{Core, Taken};
 use crate::clock::Clock;
 use crate::state;
 use crate::storage::checkpoint::{CheckpointError, CheckpointStore, FrozenCheckpoint};
 use crate::storage::snapshot::{self, SnapshotFile, SnapshotReader, SnapshotWriter};
+use crate::storage::thread::ThreadWatch;
 use crate::storage::wal::Wal;
 
 /// How often the thread looks whether a checkpoint is due: the minimum pause between two.
@@ -60,6 +60,8 @@ impl Default for CheckpointPolicy {
 enum Message {
     BuildSnapshot(oneshot::Sender<io::Result<SnapshotFile>>),
     Stop,
+    #[cfg(test)]
+    Panic,
 }
 
 /// A handle on the thread.
@@ -102,7 +104,7 @@ pub(crate) struct CheckpointerParts {
     pub(crate) index: Option<u64>,
     pub(crate) policy: CheckpointPolicy,
     pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) halt: Halt,
+    pub(crate) threads: ThreadWatch,
     /// Asks Raft to take a snapshot, and with it to purge its log.
     pub(crate) snapshot_due: Box<dyn Fn() + Send>,
 }
@@ -126,9 +128,9 @@ impl Checkpointer {
             ..Shared::default()
         }));
         let worker = Worker { parts, shared: shared.clone() };
-        let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(move || {
+        let thread = worker.parts.threads.clone().spawn("checkpoint", move || {
             step_back();
-            worker.run(&inbox);
+            worker.run(&inbox)
         })?;
         let this = Self { messages, shared };
         this.lock().thread = Some(thread);
@@ -162,6 +164,12 @@ impl Checkpointer {
         built.await.map_err(|_| io::Error::other("the checkpoint thread has stopped"))?
     }
 
+    /// Has the thread panic.
+    #[cfg(test)]
+    pub(crate) fn kill(&self) {
+        self.messages.send(Message::Panic).unwrap();
+    }
+
     /// Makes a last checkpoint and ends the thread. Blocks.
     pub(crate) fn stop(&self) {
         // A thread that is already gone has said why.
@@ -179,7 +187,7 @@ struct Worker {
 }
 
 impl Worker {
-    fn run(mut self, inbox: &Receiver<Message>) {
+    fn run(mut self, inbox: &Receiver<Message>) -> Result<(), String> {
         loop {
             let result = match inbox.recv_timeout(CHECK_INTERVAL) {
                 Ok(Message::BuildSnapshot(done)) => self.snapshot(done),
@@ -187,13 +195,14 @@ impl Worker {
                     if let Err(error) = self.checkpoint_if_dirty() {
                         tracing::warn!(%error, "no last checkpoint");
                     }
-                    return;
+                    return Ok(());
                 }
                 Err(RecvTimeoutError::Timeout) => self.look(),
+                #[cfg(test)]
+                Ok(Message::Panic) => panic!("killed by a test"),
             };
             if let Err(error) = result {
-                self.parts.halt.because(&format!("checkpoint failed: {error}"));
-                return;
+                return Err(format!("checkpoint failed: {error}"));
             }
         }
     }
@@ -298,28 +307,24 @@ impl Worker {
             return Ok(());
         }
         let (shared, directory) = (self.shared.clone(), self.parts.snapshots.clone());
-        let halt = self.parts.halt.clone();
-        std::thread::Builder::new()
-            .name("snapshot".into())
-            .spawn(move || {
+        self.parts
+            .threads
+            .spawn("snapshot", move || {
                 step_back();
                 let built = write_snapshot(&frozen, &directory);
                 drop(frozen);
                 let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
                 shared.asked = false;
-                match &built {
-                    Ok(file) => {
-                        let newer =
-                            shared.snapshot.as_ref().is_none_or(|old| old.index < file.index);
-                        if newer {
-                            shared.snapshot = Some(file.clone());
-                        }
-                    }
-                    Err(error) => halt.because(&format!("snapshot failed: {error}")),
+                if let Ok(file) = &built
+                    && shared.snapshot.as_ref().is_none_or(|old| old.index < file.index)
+                {
+                    shared.snapshot = Some(file.clone());
                 }
                 drop(shared);
+                let failed = built.as_ref().err().map(|error| format!("snapshot failed: {error}"));
                 // Raft may have stopped waiting; the file counts all the same.
                 let _ = done.send(built);
+                failed.map_or(Ok(()), Err)
             })
             .map_err(|error| CheckpointError::Record(error.to_string()))?;
         Ok(())

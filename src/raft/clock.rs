@@ -237,6 +237,11 @@ impl ClusterClock {
             .map(|(_, at)| now.saturating_sub(at))
     }
 
+    /// The local monotonic time at which each node that has said anything was last heard.
+    pub(crate) fn last_heard(&self) -> BTreeMap<u64, Duration> {
+        self.lock().heard.iter().map(|(node, heard)| (*node, heard.at)).collect()
+    }
+
     fn hear(
         &self,
         node: u64,

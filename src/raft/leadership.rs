@@ -67,7 +67,8 @@ impl Leadership {
         loop {
             self.update();
             if metrics.changed().await.is_err() {
-                return;
+                // That openraft is gone is told by whoever knows why.
+                return std::future::pending().await;
             }
         }
     }
@@ -112,8 +113,12 @@ impl Leadership {
             changed
         });
         if changed {
-            let leader = metrics.current_leader;
-            tracing::info!(?leader, term = metrics.vote.leader_id.term, "leadership");
+            let term = metrics.vote.leader_id.term;
+            match metrics.current_leader {
+                _ if leads => tracing::info!(term, "this node leads"),
+                Some(leader) if leader != own => tracing::info!(term, "node {leader} leads"),
+                _ => tracing::info!(term, "nobody leads yet: an election is under way"),
+            }
         }
     }
 

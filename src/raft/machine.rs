@@ -4,6 +4,7 @@
 //! dirty map, from which the checkpointer takes them at a boundary of its choice. What a restart
 //! finds is the newest checkpoint or snapshot, and openraft applies the log behind it again.
 
+use std::cell::Cell;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -18,10 +19,11 @@ use super::clock::ClusterClock;
 use super::convert::{Boundary, boundary_decode};
 use super::dirty::DirtyMap;
 use super::following::{Calls, Following};
+use super::halt::abort_on_panic;
 use super::types::{
     CommittedLeaderId, LogId, Member, PackReply, SnapshotMeta, StoredMembership, TypeConfig,
 };
-use crate::state::{self, Change, RecordKey, Reply, Restore, Revision, State};
+use crate::state::{self, Change, Command, RecordKey, Reply, Restore, Revision, State};
 use crate::storage::snapshot::{SnapshotError, SnapshotFile, SnapshotReader};
 
 type Snapshot = openraft::storage::Snapshot<CommittedLeaderId, u64, Member, SnapshotFile>;
@@ -153,7 +155,11 @@ impl Core {
         let replies = match entry.payload {
             EntryPayload::Blank => Vec::new(),
             EntryPayload::Normal(pack) => {
-                inner.apply_pack(pack.0, wanted, &self.following, &mut calls)?
+                let (index, command) = (entry.log_id.index, Cell::new("no command"));
+                abort_on_panic(
+                    || format!("applying entry {index} ({})", command.get()),
+                    || inner.apply_pack(pack.0, wanted, &command, &self.following, &mut calls),
+                )?
             }
             EntryPayload::Membership(membership) => {
                 inner.membership = StoredMembership::new(Some(entry.log_id), membership);
@@ -193,10 +199,12 @@ impl Core {
 }
 
 impl Inner {
+    /// `applying` is set to what is being applied.
     fn apply_pack(
         &mut self,
         pack: Bytes,
         wanted: bool,
+        applying: &Cell<&'static str>,
         following: &Following,
         calls: &mut Calls,
     ) -> io::Result<Vec<Reply>> {
@@ -219,6 +227,7 @@ impl Inner {
         for group in commands.chunks(COMMANDS_FETCHED_MAX) {
             self.state.fetch(group.iter().filter_map(|(command, _)| command.as_ref()));
             for (command, resend) in group {
+                applying.set(command.as_ref().map_or("malformed", Command::kind));
                 let reply = match command {
                     Some(command) => self.state.apply(command, *resend, &mut self.changes),
                     None => self.state.reject_malformed(),

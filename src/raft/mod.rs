@@ -5,10 +5,10 @@
 //! go; `lanes` says in which order, and `proposals` packs them into entries; `barrier` makes reads
 //! linearizable, as `rounds` decides; `machine` applies, and `following` tells who waits for a
 //! lock; `sweeper` answers whoever has waited long enough for any of these; `dirty` collects what
-//! has changed, of which `checkpointer` keeps the durable copy; `clock`, `ticker` and `timekeeper` are
-//! time;
-//! `log`, `network`, `exchange` and `peer` are the disk and the wire as Raft uses them, by way of
-//! `types` and `convert`; `status` and `halt` are for the operator.
+//! has changed, of which `checkpointer` keeps the durable copy; `clock`, `ticker` and `timekeeper`
+//! are time; `log`, `network`, `exchange` and `peer` are the disk and the wire as Raft uses them,
+//! by way of `types` and `convert`; `supervisor` spawns all that lives as long as the node; `status`,
+//! `troubles` and `halt` are for the operator.
 
 mod barrier;
 mod checkpointer;
@@ -41,9 +41,11 @@ mod rounds_test;
 mod status;
 #[cfg(test)]
 mod suite_test;
+mod supervisor;
 mod sweeper;
 mod ticker;
 mod timekeeper;
+mod troubles;
 mod types;
 
 pub use checkpointer::CheckpointPolicy;

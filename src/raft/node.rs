@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::task::JoinSet;
 use tonic::transport::server::TcpIncoming;
 
 use super::barrier::BarrierError;
@@ -21,6 +20,8 @@ use super::peer::PeerServer;
 use super::proposals::ProposeError;
 use super::recovery::{RecoveryError, StoragePaths};
 use super::replica::{RaftTimeouts, Replica, ReplicaParts, SetTimeError};
+use super::supervisor::Supervisor;
+use super::troubles;
 use crate::clock::Clock;
 use crate::proto::peer;
 use crate::proto::peer::peer_service_server::PeerServiceServer;
@@ -151,7 +152,7 @@ pub struct Node {
     founding: Mutex<Option<Founding>>,
     replica: OnceLock<Arc<Replica>>,
     starting: tokio::sync::Mutex<()>,
-    tasks: Mutex<JoinSet<()>>,
+    supervisor: Supervisor,
 }
 
 impl Node {
@@ -180,22 +181,24 @@ impl Node {
                 Some(Founding::decode(*cluster_id, members)?)
             }
         };
+        let halt = Halt::new();
         let node = Arc::new(Self {
             incarnation,
-            halt: Halt::new(),
+            supervisor: Supervisor::new(halt.clone()),
+            halt,
             directory: Mutex::new(Some(directory)),
             founding: Mutex::new(founding.clone()),
             replica: OnceLock::new(),
             starting: tokio::sync::Mutex::new(()),
-            tasks: Mutex::new(JoinSet::new()),
             options,
         });
         if founding.is_some() {
             node.become_member().await?;
         }
         node.serve_peers(peer_listener);
+        node.supervisor.spawn("troubles", troubles::watch(node.clone()));
         if !node.options.initial_cluster.is_empty() {
-            node.spawn(formation::run(node.clone()));
+            node.supervisor.spawn_finite("formation", formation::run(node.clone()));
         }
         Ok(node)
     }
@@ -213,15 +216,22 @@ impl Node {
             .add_service(service)
             .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
         let halt = self.halt.clone();
-        self.spawn(async move {
+        self.supervisor.spawn("peer listener", async move {
             if let Err(error) = server.await {
                 halt.because(&format!("the peer listener failed: {error}"));
             }
         });
     }
 
-    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        self.tasks.lock().unwrap_or_else(PoisonError::into_inner).spawn(task);
+    /// Spawns what serves for as long as this node: if it ends before [`Node::begin_stop`], or
+    /// panics, the node halts and names it.
+    pub fn supervise(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        self.supervisor.spawn(name, task);
+    }
+
+    /// Halts the node for this reason, unless it has another one.
+    pub fn halt(&self, reason: &str) {
+        self.halt.because(reason);
     }
 
     pub(super) fn replica(&self) -> Option<Arc<Replica>> {
@@ -294,7 +304,7 @@ impl Node {
             clock: self.options.clock.clone(),
             timeouts: self.options.timeouts,
             checkpoints: self.options.checkpoints.clone(),
-            halt: self.halt.clone(),
+            supervisor: self.supervisor.clone(),
         })
         .await?;
         if !founding.has_log {
@@ -344,7 +354,7 @@ impl Node {
         }
         self.accept(&founding)?;
         let node = self.clone();
-        self.spawn(async move {
+        self.supervisor.spawn_finite("joining", async move {
             if let Err(error) = node.become_member().await {
                 node.halt.because(&error.to_string());
             }
@@ -541,13 +551,42 @@ impl Node {
         self.halt.halted().await
     }
 
+    /// Says that the node is about to stop, so that what serves may end.
+    pub fn begin_stop(&self) {
+        self.supervisor.begin_stop();
+    }
+
+    /// Names of everything that is supervised.
+    #[cfg(test)]
+    pub(crate) fn task_names(&self) -> Vec<&'static str> {
+        self.supervisor.names()
+    }
+
+    /// Ends one of these.
+    #[cfg(test)]
+    pub(crate) fn kill_task(&self, name: &str) {
+        self.supervisor.kill(name);
+    }
+
+    /// Ends something of it that is no task of ours.
+    #[cfg(test)]
+    pub(crate) async fn kill_part(&self, part: &str) {
+        let replica = self.replica().unwrap();
+        match part {
+            "log" => {
+                let vote = super::convert::vote_encode(&replica.log.vote().unwrap());
+                replica.wal.save_vote(vote, Box::new(|_| panic!("killed by a test")));
+            }
+            "checkpoints" => replica.checkpointer.kill(),
+            _ => replica.raft.shutdown().await.unwrap(),
+        }
+    }
+
     /// Drains and stops. Nothing acknowledged depends on it.
     pub async fn stop(&self) {
-        let mut tasks =
-            std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         // Until they have ended, the peers' port is in use, and peers would be answered by a
         // replica that has stopped.
-        tasks.shutdown().await;
+        self.supervisor.stop().await;
         // A replica that is being started is waited for, or it would outlive this.
         let _starting = self.starting.lock().await;
         let replica = self.replica.get().cloned();

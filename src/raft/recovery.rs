@@ -16,6 +16,7 @@ use crate::storage::checkpoint::{
 };
 use crate::storage::file::RealFiles;
 use crate::storage::snapshot::{self, SnapshotFile};
+use crate::storage::thread::ThreadWatch;
 use crate::storage::wal::{self, Recovered, Wal, WalOptions};
 
 /// Where everything is.
@@ -59,7 +60,11 @@ fn because(error: impl std::fmt::Display) -> RecoveryError {
 ///
 /// `has_log` says that the log was made before: without it, the node has lost what it acknowledged
 /// and must not vote again.
-pub(crate) fn recover(paths: &StoragePaths, has_log: bool) -> Result<Recovery, RecoveryError> {
+pub(crate) fn recover(
+    paths: &StoragePaths,
+    has_log: bool,
+    threads: ThreadWatch,
+) -> Result<Recovery, RecoveryError> {
     if has_log && !wal::is_present(&paths.wal) {
         return Err(because(format_args!(
             "the log in {} is gone, and with it the votes and entries that this node has \
@@ -99,7 +104,7 @@ pub(crate) fn recover(paths: &StoragePaths, has_log: bool) -> Result<Recovery, R
     // A checkpoint is only taken where the log is on disk. A snapshot from the leader is no proof:
     // the log is purged up to it afterwards.
     let must_contain = checkpoint_index.unwrap_or(0);
-    let options = WalOptions { must_contain, ..WalOptions::default() };
+    let options = WalOptions { must_contain, threads, ..WalOptions::default() };
     let (wal, recovered) = Wal::open(Arc::new(RealFiles), &paths.wal, options).map_err(because)?;
     if let Some(torn) = &recovered.repaired_tail {
         tracing::warn!(?torn, "the log ended in a record that was being written; cut off");

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::{Config, SnapshotPolicy};
-use tokio::task::JoinSet;
 
 use super::barrier::{BarrierParts, Barriers};
 use super::checkpointer::{CheckpointPolicy, Checkpointer, CheckpointerParts};
@@ -21,6 +20,7 @@ use super::machine::{Core, StateMachine};
 use super::network::{Identity, NetworkFactory, Peers};
 use super::proposals::Proposals;
 use super::recovery::{Recovery, RecoveryError, StoragePaths, recover};
+use super::supervisor::Supervisor;
 use super::sweeper::Sweeper;
 use super::ticker;
 use super::timekeeper;
@@ -78,7 +78,6 @@ pub(crate) struct Replica {
     durable: Arc<Durable>,
     /// The members at the time of formation, for as long as the log says nothing.
     founders: BTreeMap<u64, Member>,
-    tasks: std::sync::Mutex<JoinSet<()>>,
 }
 
 /// What a replica is started with.
@@ -91,7 +90,7 @@ pub(crate) struct ReplicaParts {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) timeouts: RaftTimeouts,
     pub(crate) checkpoints: CheckpointPolicy,
-    pub(crate) halt: Halt,
+    pub(crate) supervisor: Supervisor,
 }
 
 fn raft_config(timeouts: RaftTimeouts) -> Result<Config, RecoveryError> {
@@ -123,9 +122,10 @@ fn raft_config(timeouts: RaftTimeouts) -> Result<Config, RecoveryError> {
 impl Replica {
     /// Recovers from disk and takes part. Blocks while it reads the disk.
     pub(crate) async fn start(parts: ReplicaParts) -> Result<Arc<Self>, RecoveryError> {
+        let supervisor = parts.supervisor;
         let config = Arc::new(raft_config(parts.timeouts)?);
         let Recovery { store, checkpoint_index, snapshot, state, replace_with, wal, recovered } =
-            recover(&parts.paths, parts.has_log)?;
+            recover(&parts.paths, parts.has_log, supervisor.thread_watch())?;
         let log = LogStore::new(wal.clone(), &recovered).map_err(RecoveryError::new)?;
         let durable = log.durable();
         let highest = highest_stamp(&wal, &recovered, state.as_ref().map(|(_, s)| s.clock()))?;
@@ -148,7 +148,7 @@ impl Replica {
             index: checkpoint_index,
             policy: parts.checkpoints,
             clock: parts.clock.clone(),
-            halt: parts.halt.clone(),
+            threads: supervisor.thread_watch(),
             // One request waiting is as good as many.
             snapshot_due: Box::new(move || {
                 let _ = snapshot_due.try_send(());
@@ -158,15 +158,9 @@ impl Replica {
         let election_timeout = parts.timeouts.election_timeout;
         let peers = Peers::new(parts.identity, clock.clone(), election_timeout, wal.clone());
         let machine = StateMachine::new(core.clone(), clock.clone(), checkpointer.clone());
-        let raft = Raft::new(
-            parts.identity.node_id,
-            config,
-            NetworkFactory { peers: peers.clone() },
-            log.clone(),
-            machine,
-        )
-        .await
-        .map_err(RecoveryError::new)?;
+        let network = NetworkFactory { peers: peers.clone() };
+        let starting = Raft::new(parts.identity.node_id, config, network, log.clone(), machine);
+        let raft = supervisor.supervise_raft(starting).await.map_err(RecoveryError::new)?;
         let leadership = Leadership::new(raft.clone(), clock.clone(), peers.membership.clone());
         let exchanges = Exchanges::new(peers.clone());
         let sweeper = Arc::new(Sweeper::default());
@@ -196,21 +190,17 @@ impl Replica {
             flush_commits: peers.flush_commits.clone(),
             announced: peers.announced.clone(),
         });
-        let mut tasks = JoinSet::new();
-        tasks.spawn(leadership.clone().run());
-        tasks.spawn(timekeeper::run(time_note, machine_clock, clock.clone(), leadership.clone()));
-        tasks.spawn(proposals.clone().run());
-        tasks.spawn(barriers.clone().run());
-        tasks.spawn(ticker::run(
-            core.clone(),
-            clock.clone(),
-            leadership.clone(),
-            proposals.clone(),
-        ));
+        supervisor.spawn("leadership", leadership.clone().run());
+        let keeping = timekeeper::run(time_note, machine_clock, clock.clone(), leadership.clone());
+        supervisor.spawn("timekeeper", keeping);
+        supervisor.spawn("proposals", proposals.clone().run());
+        supervisor.spawn("barriers", barriers.clone().run());
+        let ticking = ticker::run(core.clone(), clock.clone(), leadership, proposals.clone());
+        supervisor.spawn("ticker", ticking);
         {
             let (proposals, barriers, clock) = (proposals.clone(), barriers.clone(), clock.clone());
             let (following, sweeper) = (core.following().clone(), sweeper.clone());
-            tasks.spawn(async move {
+            supervisor.spawn("sweeper", async move {
                 sweeper
                     .run(|| {
                         let now = clock.monotonic();
@@ -221,15 +211,17 @@ impl Replica {
         }
         {
             let raft = raft.clone();
-            tasks.spawn(async move {
+            supervisor.spawn("snapshots", async move {
                 while snapshots_due.recv().await.is_some() {
                     if let Err(error) = raft.trigger().snapshot().await {
                         tracing::warn!(%error, "no snapshot");
                     }
                 }
+                // That the checkpointer is gone is told by whoever knows why.
+                std::future::pending().await
             });
         }
-        tasks.spawn(watch_for_fatal(raft.clone(), parts.halt));
+        supervisor.spawn("raft", watch_for_fatal(raft.clone(), supervisor.halt()));
         Ok(Arc::new(Self {
             identity: parts.identity,
             raft,
@@ -244,7 +236,6 @@ impl Replica {
             log,
             durable,
             founders: parts.founders,
-            tasks: std::sync::Mutex::new(tasks),
         }))
     }
 
@@ -315,7 +306,7 @@ impl Replica {
         }
     }
 
-    /// Drains and stops: a last checkpoint, the log closed.
+    /// Drains and stops, once its tasks have ended: a last checkpoint, the log closed.
     pub(crate) async fn stop(&self) {
         // Whoever waits is told before nobody is left to tell.
         self.proposals.expire(Duration::MAX);
@@ -324,7 +315,6 @@ impl Replica {
         if let Err(error) = self.raft.shutdown().await {
             tracing::warn!(%error, "raft did not stop cleanly");
         }
-        self.tasks.lock().unwrap_or_else(std::sync::PoisonError::into_inner).abort_all();
         let (checkpointer, wal) = (self.checkpointer.clone(), self.wal.clone());
         let durable = self.durable.clone();
         let stopping = tokio::task::spawn_blocking(move || {
@@ -360,6 +350,7 @@ fn highest_stamp(
     Ok(highest)
 }
 
+/// Ends when openraft does, of its own or because it was told to.
 async fn watch_for_fatal(raft: Raft, halt: Halt) {
     let mut metrics = raft.metrics();
     loop {

@@ -142,19 +142,25 @@ impl Node {
         if self.halt.reason().is_some() || self.leader_id().is_none() {
             return false;
         }
+        if self.leader_id() == Some(self.node_id()) && !self.has_majority() {
+            return false;
+        }
         let metrics = replica.raft.data_metrics();
         let metrics = metrics.borrow_watched();
-        let voters = self.members().into_iter().filter(|member| member.voter).count();
-        if self.leader_id() == Some(self.node_id()) && voters > 1 {
-            // Nobody deposes a leader that lost its majority: it has to notice by itself.
-            let heard = metrics.last_quorum_acked.as_deref();
-            if heard.is_none_or(|acked| acked.elapsed() > self.silence_max()) {
-                return false;
-            }
-        }
         let index = |log_id: &Option<super::types::LogId>| log_id.map_or(0, |id| id.index + 1);
         index(&metrics.last_applied) > 0
             && index(&metrics.last_applied) >= index(&metrics.local_committed)
+    }
+
+    /// Whether a majority follows this node, if it leads. Nobody deposes a leader that lost it: it
+    /// has to notice by itself.
+    pub(super) fn has_majority(&self) -> bool {
+        let Some(replica) = self.replica() else { return false };
+        let metrics = replica.raft.data_metrics();
+        let metrics = metrics.borrow_watched();
+        let voters = self.members().into_iter().filter(|member| member.voter).count();
+        let heard = metrics.last_quorum_acked.as_deref();
+        voters <= 1 || heard.is_some_and(|acked| acked.elapsed() <= self.silence_max())
     }
 
     /// Its figures.

@@ -6,13 +6,13 @@ use openraft::testing::log::{StoreBuilder, Suite};
 
 use super::checkpointer::{CheckpointPolicy, Checkpointer, CheckpointerParts};
 use super::clock::ClusterClock;
-use super::halt::Halt;
 use super::log::{Durable, LogStore};
 use super::machine::{Core, StateMachine};
 use super::recovery::{Recovery, StoragePaths, recover};
 use super::types::TypeConfig;
 use crate::clock::SystemClock;
 use crate::state::Stamp;
+use crate::storage::thread::ThreadWatch;
 
 struct Stores;
 
@@ -39,7 +39,8 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, Guard> for Stores {
             snapshots: directory.path().join("snapshots"),
             time: directory.path().join("time"),
         };
-        let Recovery { store, wal, recovered, .. } = recover(&paths, false).unwrap();
+        let Recovery { store, wal, recovered, .. } =
+            recover(&paths, false, ThreadWatch::default()).unwrap();
         let log = LogStore::new(wal.clone(), &recovered).unwrap();
         let core = Core::new(None, None);
         let checkpointer = Checkpointer::start(CheckpointerParts {
@@ -53,7 +54,7 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, Guard> for Stores {
             index: None,
             policy: CheckpointPolicy::default(),
             clock: Arc::new(SystemClock),
-            halt: Halt::new(),
+            threads: ThreadWatch::default(),
             snapshot_due: Box::new(|| {}),
         })
         .unwrap();

@@ -9,6 +9,7 @@ use openraft::type_config::alias::{
 };
 
 use super::machine::StateMachine;
+use super::supervisor::SupervisedRuntime;
 use crate::state::Reply;
 
 openraft::declare_raft_types!(
@@ -20,6 +21,7 @@ openraft::declare_raft_types!(
         Node = Member,
         Term = u64,
         LeaderId = leader_id_std::LeaderId<u64, u64>,
+        AsyncRuntime = SupervisedRuntime,
 );
 
 pub(crate) type Raft = openraft::Raft<TypeConfig, StateMachine>;

@@ -266,6 +266,26 @@ pub enum Command {
 }
 
 impl Command {
+    /// What it is, without what it holds.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::CreateSession { .. } => "CreateSession",
+            Self::UpdateSession { .. } => "UpdateSession",
+            Self::TouchSession { .. } => "TouchSession",
+            Self::DeleteSession { .. } => "DeleteSession",
+            Self::GrantLease { .. } => "GrantLease",
+            Self::RenewLeases { .. } => "RenewLeases",
+            Self::RevokeLease { .. } => "RevokeLease",
+            Self::AcquireLock { .. } => "AcquireLock",
+            Self::ReleaseLock { .. } => "ReleaseLock",
+            Self::CancelAcquire { .. } => "CancelAcquire",
+            Self::BreakLock { .. } => "BreakLock",
+            Self::JoinRing { .. } => "JoinRing",
+            Self::LeaveRing { .. } => "LeaveRing",
+            Self::Tick => "Tick",
+        }
+    }
+
     /// The session that it is about, if it is about one.
     pub fn key(&self) -> Option<&SessionKey> {
         match self {

@@ -3,7 +3,7 @@
 //! Reading order: `directory` says whose disk it is; `wal` is the log, on the files of `file`;
 //! `checkpoint` is the durable copy of the state, on `sled`; `snapshot` the same as one file;
 //! `timekeeping` is a note of what the time was. Small files go through `durable`, small values
-//! through `envelope`.
+//! through `envelope`; `thread` starts threads that nobody loses sight of.
 
 pub mod checkpoint;
 pub mod directory;
@@ -12,5 +12,6 @@ pub mod envelope;
 pub mod file;
 pub mod sled;
 pub mod snapshot;
+pub mod thread;
 pub mod timekeeping;
 pub mod wal;

@@ -81,7 +81,7 @@ pub async fn serve(
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let use_cases = UseCases::new(&node)?;
     let (health, health_service) = tonic_health::server::health_reporter();
-    let watching = tokio::spawn(watch_health(node.clone(), health));
+    node.supervise("health", watch_health(node.clone(), health));
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
@@ -103,7 +103,7 @@ pub async fn serve(
     };
     let rings = ring::RingServer { rings: use_cases.rings };
     let cluster = use_cases.cluster;
-    let served = tonic::transport::Server::builder()
+    tonic::transport::Server::builder()
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(16 << 20)
         .max_concurrent_streams(4096)
@@ -122,9 +122,8 @@ pub async fn serve(
             TcpIncoming::from(listener).with_nodelay(Some(true)),
             shutdown,
         )
-        .await;
-    watching.abort();
-    Ok(served?)
+        .await?;
+    Ok(())
 }
 
 /// The services that calls are handed to without the router.

@@ -3,7 +3,6 @@
 use std::fs::{File, OpenOptions};
 use std::io::{PipeReader, PipeWriter, Write as _, pipe};
 use std::os::unix::process::ExitStatusExt as _;
-use std::process::Stdio;
 
 use quorate::client::{NewSession, Update};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -71,7 +70,7 @@ async fn commands_work_though_nobody_reads_what_they_say() {
     let created = cluster.client().sessions().create(NewSession::new()).await.unwrap();
     let endpoints = format!("--endpoints={}", cluster.addresses().join(","));
     let marker = cluster.path().join("ran");
-    let get = vec!["session".to_owned(), "get".to_owned(), created.id.as_str().to_owned()];
+    let get = vec!["session".to_owned(), "get".to_owned(), created.id.reveal().to_owned()];
     let exec = ["lock", "exec", "n", "--", "/bin/sh", "-c", &format!(": > {}", marker.display())];
     for words in [get, exec.map(str::to_owned).to_vec()] {
         let mut command = quorate();

@@ -37,11 +37,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
 use crate::storage::file::Files;
+use crate::storage::thread::ThreadWatch;
 
 mod batch;
 mod error;
@@ -89,6 +90,8 @@ pub struct WalOptions {
     pub cache_bytes_max: usize,
     /// Salt of new segments; drawn at random unless a simulation sets it.
     pub salt: Option<u64>,
+    /// Told when the log stops by itself: its disk has failed, or one of its threads is gone.
+    pub threads: ThreadWatch,
 }
 
 impl Default for WalOptions {
@@ -98,6 +101,7 @@ impl Default for WalOptions {
             must_contain: 0,
             cache_bytes_max: 32 * 1024 * 1024,
             salt: None,
+            threads: ThreadWatch::default(),
         }
     }
 }
@@ -189,6 +193,8 @@ struct Shared {
     state: Mutex<State>,
     /// Signalled when the idle thread has something to do.
     work: Condvar,
+    /// When the write and sync began that are under way.
+    sync_begun: Mutex<Option<Instant>>,
     record_bytes_max: usize,
 }
 
@@ -256,10 +262,10 @@ impl Wal {
         directory: &Path,
         options: WalOptions,
     ) -> Result<(Wal, Recovered), WalError> {
+        let threads = options.threads.clone();
         let (shared, recovered, mut writer) = prepare(files, directory, options, true)?;
-        let thread = thread::Builder::new()
-            .name("quorate-wal".to_owned())
-            .spawn(move || writer.run())
+        let thread = threads
+            .spawn("quorate-wal", move || writer.run())
             .map_err(|error| io_error("start a thread for", directory, error))?;
         let handle = Handle { shared, thread: Mutex::new(Some(thread)) };
         Ok((Wal { handle: Arc::new(handle) }, recovered))
@@ -432,6 +438,15 @@ impl Wal {
         }
     }
 
+    /// The longest that a sync has taken, write included, since this was last asked; one that is
+    /// under way counts with what it has taken so far.
+    pub fn take_slowest_sync(&self) -> Duration {
+        let shared = &self.handle.shared;
+        let begun = *shared.sync_begun.lock().unwrap_or_else(PoisonError::into_inner);
+        let under_way = begun.map(|begun| begun.elapsed()).unwrap_or_default();
+        shared.lock().counters.take_slowest().max(under_way)
+    }
+
     /// Writes and syncs what is queued, marks the end as complete, and ends the thread. Operations
     /// that come later get `Closed`; records can still be read. Blocks on the disk; not to be
     /// called from a completion.
@@ -582,7 +597,8 @@ fn prepare(
     };
     let recovery = recovery::recover(&*files, directory, &options)?;
     let shop = supply::Workshop::new(files, directory, salt, segment_bytes);
-    let mut supply = Supply::new(shop, recovery.next_segment, recovery.spares, supply_thread)?;
+    let threads = supply_thread.then_some(&options.threads);
+    let mut supply = Supply::new(shop, recovery.next_segment, recovery.spares, threads)?;
 
     let mut spans = recovery.spans;
     let mut position = recovery.position;
@@ -609,6 +625,7 @@ fn prepare(
             counters: Counters::default(),
         }),
         work: Condvar::new(),
+        sync_begun: Mutex::new(None),
         record_bytes_max: room - batch::FRAME_BYTES,
     });
     let at = writer::Start { spans, position, sequence: recovery.next_sequence };

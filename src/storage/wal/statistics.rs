@@ -13,6 +13,8 @@ pub(super) struct Counters {
     pub(super) bytes: u64,
     pub(super) segment_waits: u64,
     syncs: u64,
+    /// The slowest since it was last asked for.
+    slowest: Duration,
     /// The last [`TIMES_MAX`], in no order.
     times: Vec<Duration>,
 }
@@ -26,6 +28,12 @@ impl Counters {
             None => self.times.push(time),
         }
         self.syncs += 1;
+        self.slowest = self.slowest.max(time);
+    }
+
+    /// The slowest since the last call.
+    pub(super) fn take_slowest(&mut self) -> Duration {
+        std::mem::take(&mut self.slowest)
     }
 
     pub(super) fn statistics(&self) -> WalStatistics {
@@ -65,5 +73,7 @@ mod tests {
         assert_eq!(statistics.syncs, 6024);
         assert_eq!(statistics.sync_p50, Duration::from_micros(512));
         assert_eq!(statistics.sync_p99, Duration::from_micros(1014));
+        assert_eq!(counters.take_slowest(), Duration::from_secs(1));
+        assert_eq!(counters.take_slowest(), Duration::ZERO);
     }
 }

@@ -9,11 +9,12 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use super::segment::{Preparation, Segment, ZERO_PIECE_BYTES};
 use super::{WalError, io_error};
 use crate::storage::file::Files;
+use crate::storage::thread::ThreadWatch;
 
 /// Does the work, on whatever thread.
 pub(super) struct Workshop {
@@ -132,10 +133,13 @@ impl Supply {
         shop: Workshop,
         next_number: u32,
         spares: VecDeque<Arc<Segment>>,
-        threaded: bool,
+        threads: Option<&ThreadWatch>,
     ) -> Result<Supply, WalError> {
         let segment_bytes = shop.segment_bytes;
-        let place = if threaded { Place::start(shop)? } else { Place::Here(shop) };
+        let place = match threads {
+            Some(threads) => Place::start(shop, threads)?,
+            None => Place::Here(shop),
+        };
         let (paced, under_way, waits) = (0, false, 0);
         Ok(Supply { place, spares, next_number, segment_bytes, paced, under_way, waits })
     }
@@ -230,13 +234,12 @@ impl Supply {
 }
 
 impl Place {
-    fn start(mut shop: Workshop) -> Result<Place, WalError> {
+    fn start(mut shop: Workshop, threads: &ThreadWatch) -> Result<Place, WalError> {
         let directory = shop.directory.clone();
         let (errands, todo) = channel();
         let (ready, prepared) = channel();
-        let thread = thread::Builder::new()
-            .name("quorate-wal-files".to_owned())
-            .spawn(move || {
+        let thread = threads
+            .spawn("quorate-wal-files", move || {
                 for errand in todo {
                     match errand {
                         Errand::PrepareInPart(number, bytes) => {
@@ -244,12 +247,13 @@ impl Place {
                         }
                         Errand::Prepare(number) => {
                             if ready.send(shop.prepare(number)).is_err() {
-                                return;
+                                break;
                             }
                         }
                         Errand::Remove(path) => shop.remove(&path),
                     }
                 }
+                Ok(())
             })
             .map_err(|error| io_error("start a thread for", &directory, error))?;
         Ok(Place::Thread { errands: Some(errands), prepared, thread: Some(thread) })

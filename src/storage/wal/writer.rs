@@ -80,13 +80,17 @@ impl Writer {
     }
 
     /// The thread: until the log is closed or the disk fails.
-    pub(super) fn run(&mut self) {
+    pub(super) fn run(&mut self) -> Result<(), String> {
         // Whatever ends this thread, nobody waits in vain.
         let _last_will = LastWill { shared: Arc::clone(&self.shared) };
         loop {
             let closing = self.wait();
-            if self.write_pending(closing).is_err() || closing {
-                return;
+            if self.write_pending(closing).is_err() {
+                let stopped = self.shared.lock().stopped.clone().unwrap_or(WalError::Stopped);
+                return Err(format!("the write-ahead log has stopped: {stopped}"));
+            }
+            if closing {
+                return Ok(());
             }
         }
     }
@@ -196,11 +200,17 @@ impl Writer {
         assert!(self.position + self.buffer.len() as u64 <= segment.length);
 
         let begun = now();
+        self.set_sync_begun(Some(begun));
         let file = &segment.file;
         let written = file.write_all_at(&self.buffer, self.position);
         written.map_err(|error| io_error("write", &segment.path, error))?;
         file.sync_data().map_err(|error| io_error("sync", &segment.path, error))?;
+        self.set_sync_begun(None);
         Ok((entries, begun.elapsed()))
+    }
+
+    fn set_sync_begun(&self, begun: Option<Instant>) {
+        *self.shared.sync_begun.lock().unwrap_or_else(PoisonError::into_inner) = begun;
     }
 
     /// Moves on to the next segment that has room for a batch of so many bytes, which any that is

@@ -259,3 +259,28 @@ fn a_threaded_log_keeps_what_it_acknowledged() {
         assert!(recovered.last_index.unwrap_or(0) >= acknowledged, "seed {seed}");
     }
 }
+
+/// A log that stops by itself tells whoever watches, also while nobody waits for it.
+#[test]
+fn the_end_of_a_thread_does_not_go_unnoticed() {
+    let open = || {
+        let directory = tempfile::tempdir().unwrap();
+        let (told, lines) = std::sync::mpsc::channel();
+        let threads = ThreadWatch::new(move |line| told.send(line.to_owned()).unwrap());
+        let options = WalOptions { threads, ..WalOptions::default() };
+        let (wal, _) = Wal::open(Arc::new(RealFiles), directory.path(), options).unwrap();
+        (directory, wal, lines)
+    };
+    let (_directory, wal, lines) = open();
+    wal.save_vote(Bytes::from_static(b"vote"), Box::new(|_| panic!("not in a completion")));
+    // The sender goes with the threads.
+    wal.close();
+    drop(wal);
+    let told: Vec<String> = lines.iter().collect();
+    assert_eq!(told, ["thread quorate-wal panicked: not in a completion"]);
+
+    let (_directory, wal, lines) = open();
+    wal.close();
+    drop(wal);
+    assert_eq!(lines.iter().count(), 0, "a log that is closed has not failed");
+}
