@@ -295,24 +295,28 @@ pub(crate) fn load_snapshot(file: &SnapshotFile) -> io::Result<(Boundary, State)
             format!("snapshot {}: {error}", file.path.display()),
         )
     };
-    let reader = SnapshotReader::open(&file.path).map_err(|error| invalid(&error))?;
+    let reader = SnapshotReader::open(&file.path).map_err(snapshot_failed)?;
     let boundary = boundary_decode(reader.header()).map_err(|error| invalid(&error))?;
     let mut restore = Restore::new(&boundary.state).map_err(|error| invalid(&error))?;
     for record in reader.records() {
-        let (key, value) = record.map_err(|error| invalid(&error))?;
+        let (key, value) = record.map_err(snapshot_failed)?;
         restore.insert(&key, &value).map_err(|error| invalid(&error))?;
     }
     let state = restore.finish().map_err(|error| invalid(&error))?;
     Ok((boundary, state))
 }
 
+fn snapshot_failed(error: SnapshotError) -> io::Error {
+    let kind = match &error {
+        SnapshotError::Corrupt { .. } => io::ErrorKind::InvalidData,
+        _ => io::ErrorKind::Other,
+    };
+    io::Error::new(kind, error)
+}
+
 /// Reads what a snapshot file says of itself. `InvalidData` if it is damaged.
 pub(crate) fn load_snapshot_header(file: &SnapshotFile) -> io::Result<Boundary> {
-    let invalid = |error: SnapshotError| io::Error::new(io::ErrorKind::InvalidData, error);
-    let reader = match SnapshotReader::open(&file.path) {
-        Err(error @ SnapshotError::Corrupt { .. }) => return Err(invalid(error)),
-        opened => opened.map_err(io::Error::other)?,
-    };
+    let reader = SnapshotReader::open(&file.path).map_err(snapshot_failed)?;
     boundary_decode(reader.header()).map_err(|error| {
         let message = format!("snapshot {}: {error}", file.path.display());
         io::Error::new(io::ErrorKind::InvalidData, message)

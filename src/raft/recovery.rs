@@ -87,6 +87,10 @@ pub(crate) fn recover(
         None => (checkpoint, None),
         Some(file) => match load_snapshot(&file) {
             Ok(state) => (Some(state), Some(file)),
+            // As with the checkpoint: what is there may be as it should be.
+            Err(error) if error.kind() != std::io::ErrorKind::InvalidData => {
+                return Err(because(error));
+            }
             Err(error) if checkpoint.is_some() => {
                 tracing::error!(%error, "snapshot moved aside; checkpoint and log will do");
                 set_aside(&file.path)?;
@@ -165,7 +169,7 @@ fn open_checkpoint(path: &Path) -> Result<OpenedCheckpoint, RecoveryError> {
     match try_open(path) {
         Ok(opened) => Ok(opened),
         // Nothing is wrong with what is there: moving it aside would only lose it.
-        Err(error @ OpenError::Io(_)) => Err(because(error)),
+        Err(error @ OpenError::Outside { .. }) => Err(because(error)),
         Err(error) => {
             tracing::error!(%error, "checkpoint store is not usable; moved aside and rebuilt");
             checkpoint::set_aside(path).map_err(because)?;
@@ -182,7 +186,7 @@ fn try_open(path: &Path) -> Result<OpenedCheckpoint, OpenError> {
     let insert = &mut |key: &[u8], value: &[u8]| {
         restore.insert(key, value).map_err(|error| CheckpointError::Record(error.to_string()))
     };
-    store.load(insert).map_err(unusable)?;
+    store.load(insert)?;
     let state = restore.finish().map_err(unusable)?;
     Ok((store, Some((boundary, state))))
 }

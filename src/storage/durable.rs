@@ -5,8 +5,13 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
+/// Permissions of every file of a node: what is in it may be the value of a session.
+pub const FILE_MODE: u32 = 0o600;
+/// Permissions of every directory of a node.
+pub const DIRECTORY_MODE: u32 = 0o700;
 /// What the name of a file that is still being written ends with.
 pub const PARTIAL_SUFFIX: &str = ".partial";
 
@@ -17,12 +22,12 @@ pub fn partial_path(path: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Creates the file, or empties the one that is there, for writing.
+/// Creates the file, or empties the one that is there, for writing, for its owner alone.
 ///
 /// # Errors
 /// Whatever the file system says.
 pub fn create_file(path: &Path) -> io::Result<File> {
-    OpenOptions::new().write(true).create(true).truncate(true).open(path)
+    OpenOptions::new().write(true).create(true).truncate(true).mode(FILE_MODE).open(path)
 }
 
 /// Makes durable which names the directory holds.

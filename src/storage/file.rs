@@ -6,18 +6,25 @@
 //!
 //! What callers may rely on, and `faulty` takes away at its worst:
 //! - [`File::write_all_at`] promises nothing until a sync of that file returned. Until then any
-//!   512-byte sector of it may be on disk or not, whatever the order in which it was written.
+//!   512-byte sector of it may be on disk or not, whatever the order in which it was written, and
+//!   one block of [`BLOCK_BYTES`] of it may be spoilt, with all that was in it before.
 //! - A name (create, rename, remove) promises nothing until [`Files::sync_dir`] of its directory.
+//!   That holds for the names of directories too.
 //! - Once a sync failed, what it covered is unknown for good: a second sync that succeeds proves
 //!   nothing, because the kernel may have dropped the pages (the "fsyncgate" of 2018).
 
 use std::fs;
 use std::io;
+use std::num::NonZeroU64;
 use std::ops::{Deref, DerefMut};
-use std::os::unix::fs::{FileExt, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileExt, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::{Advice, fadvise};
+
+use super::durable::{DIRECTORY_MODE, FILE_MODE};
 
 #[cfg(test)]
 pub(crate) mod faulty;
@@ -68,7 +75,8 @@ pub trait Files: Send + Sync + 'static {
     /// Opens an existing file for reading and writing.
     fn open(&self, path: &Path) -> io::Result<Arc<dyn File>>;
 
-    /// Creates an empty file for reading and writing; one of that name is emptied.
+    /// Creates an empty file for reading and writing, for its owner alone; one of that name is
+    /// emptied.
     fn create(&self, path: &Path) -> io::Result<Arc<dyn File>>;
 
     /// Names of all entries of a directory, sorted. Names that are not UTF-8 are left out.
@@ -83,8 +91,8 @@ pub trait Files: Send + Sync + 'static {
     /// Removes a file. It stays readable through handles that are open.
     fn remove(&self, path: &Path) -> io::Result<()>;
 
-    /// Creates a directory and those above it, where missing.
-    fn create_dir_all(&self, directory: &Path) -> io::Result<()>;
+    /// Creates a directory in one that is there, for its owner alone.
+    fn create_dir(&self, directory: &Path) -> io::Result<()>;
 
     /// Makes the creations, renames and removals in a directory durable.
     fn sync_dir(&self, directory: &Path) -> io::Result<()>;
@@ -98,6 +106,11 @@ pub trait File: Send + Sync {
 
     /// Fills `buffer` from `offset`; `UnexpectedEof` if the file ends before.
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+
+    /// As [`File::read_exact_at`], but asks the disk and not what the system remembers of it:
+    /// after a sync that failed the two may differ for good. Offset and length are multiples of
+    /// [`BLOCK_BYTES`].
+    fn read_from_disk(&self, buffer: &mut BlockBuffer, offset: u64) -> io::Result<()>;
 
     /// Length in bytes.
     fn len(&self) -> io::Result<u64>;
@@ -124,7 +137,8 @@ impl Files for RealFiles {
 
     fn create(&self, path: &Path) -> io::Result<Arc<dyn File>> {
         let mut options = fs::OpenOptions::new();
-        let file = options.read(true).write(true).create(true).truncate(true).open(path)?;
+        options.read(true).write(true).create(true).truncate(true).mode(FILE_MODE);
+        let file = options.open(path)?;
         Ok(Arc::new(RealFile::new(file, path)))
     }
 
@@ -151,8 +165,8 @@ impl Files for RealFiles {
         fs::remove_file(path)
     }
 
-    fn create_dir_all(&self, directory: &Path) -> io::Result<()> {
-        fs::create_dir_all(directory)
+    fn create_dir(&self, directory: &Path) -> io::Result<()> {
+        fs::DirBuilder::new().mode(DIRECTORY_MODE).create(directory)
     }
 
     fn sync_dir(&self, directory: &Path) -> io::Result<()> {
@@ -170,14 +184,15 @@ struct RealFile {
     buffered: fs::File,
     /// `None` where the file system knows no direct I/O, as some that live in memory.
     direct: Option<fs::File>,
-    /// Set once the file system has refused a direct write: it may want larger blocks than ours.
+    /// Set once the file system has refused direct I/O: it may want larger blocks than ours.
     refused: AtomicBool,
 }
 
 impl RealFile {
     fn new(buffered: fs::File, path: &Path) -> Self {
         let mut options = fs::OpenOptions::new();
-        let direct = options.write(true).custom_flags(libc::O_DIRECT).open(path).ok();
+        options.read(true).write(true).custom_flags(libc::O_DIRECT);
+        let direct = options.open(path).ok();
         // Opened by name a second time: what is written through one must be synced by the other.
         let same = |file: &fs::File| {
             let (a, b) = (file.metadata().ok()?, buffered.metadata().ok()?);
@@ -187,7 +202,7 @@ impl RealFile {
         Self { buffered, direct, refused: AtomicBool::new(false) }
     }
 
-    /// The handle for a write of `bytes` at `offset`, if it may go past the page cache.
+    /// The handle for I/O of `bytes` at `offset`, if it may go past the page cache.
     fn direct_for(&self, bytes: &[u8], offset: u64) -> Option<&fs::File> {
         let fits = bytes.len().is_multiple_of(BLOCK_BYTES)
             && offset.is_multiple_of(BLOCK_BYTES as u64)
@@ -195,9 +210,14 @@ impl RealFile {
             && !self.refused.load(Ordering::Relaxed);
         self.direct.as_ref().filter(|_| fits)
     }
+
+    fn note_refusal(&self, error: &io::Error) {
+        self.refused.store(true, Ordering::Relaxed);
+        tracing::info!(%error, "direct I/O was refused; reads and writes are buffered");
+    }
 }
 
-/// Whether a direct write failed because it was one.
+/// Whether direct I/O failed because it was that.
 fn is_refusal(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported)
 }
@@ -207,10 +227,7 @@ impl File for RealFile {
         if let Some(direct) = self.direct_for(bytes, offset) {
             match direct.write_all_at(bytes, offset) {
                 // What was written of it before the refusal is written again.
-                Err(error) if is_refusal(&error) => {
-                    self.refused.store(true, Ordering::Relaxed);
-                    tracing::info!(%error, "direct I/O was refused; writes are buffered");
-                }
+                Err(error) if is_refusal(&error) => self.note_refusal(&error),
                 written => return written,
             }
         }
@@ -218,6 +235,22 @@ impl File for RealFile {
     }
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.buffered.read_exact_at(buffer, offset)
+    }
+
+    fn read_from_disk(&self, buffer: &mut BlockBuffer, offset: u64) -> io::Result<()> {
+        if let Some(direct) = self.direct_for(buffer, offset) {
+            match direct.read_exact_at(buffer, offset) {
+                Err(error) if is_refusal(&error) => self.note_refusal(&error),
+                read => return read,
+            }
+        }
+        // Next best: the page cache is asked to forget the range. Where it does not, as in a file
+        // system that lives in memory, what it remembers is all there is.
+        let length = NonZeroU64::new(buffer.len() as u64);
+        if let Err(error) = fadvise(&self.buffered, offset, length, Advice::DontNeed) {
+            tracing::debug!(%error, "the page cache keeps what it was asked to forget");
+        }
         self.buffered.read_exact_at(buffer, offset)
     }
 
@@ -252,17 +285,34 @@ pub fn replace(files: &dyn Files, path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Creates a directory and those above it, where missing, so that a power cut does not take them
-/// away again.
+/// away again. Each is durable before the next is created; so if this is interrupted, only the
+/// lowest that is there may not be, and that is made durable by the next call.
 pub fn create_dir_durably(files: &dyn Files, directory: &Path) -> io::Result<()> {
     let mut missing = Vec::new();
     for ancestor in directory.ancestors().filter(|path| !path.as_os_str().is_empty()) {
         if files.exists(ancestor)? {
+            if let Err(error) = files.sync_dir(parent(ancestor)) {
+                // Of a directory that somebody else made, in a place that is not ours to sync.
+                if !is_not_ours(&error) {
+                    return Err(error);
+                }
+                tracing::debug!(directory = %ancestor.display(), %error, "its name is not synced");
+            }
             break;
         }
         missing.push(ancestor);
     }
-    files.create_dir_all(directory)?;
-    missing.into_iter().rev().try_for_each(|created| files.sync_dir(parent(created)))
+    missing.into_iter().rev().try_for_each(|directory| {
+        files.create_dir(directory)?;
+        files.sync_dir(parent(directory))
+    })
+}
+
+/// Whether a directory cannot be synced for reasons that no process of ours can have caused: it may
+/// not be read, or its file system has nothing to sync.
+fn is_not_ours(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidInput, PermissionDenied, ReadOnlyFilesystem, Unsupported};
+    matches!(error.kind(), InvalidInput | PermissionDenied | ReadOnlyFilesystem | Unsupported)
 }
 
 /// Reads a whole file, or refuses one of more than `bytes_max` bytes.
@@ -308,7 +358,11 @@ mod tests {
             let (first, last) = read.split_at(round * BLOCK_BYTES - 5);
             assert!(first.iter().all(|byte| *byte == round as u8));
             assert_eq!(last, [9; 10]);
+            file.read_from_disk(&mut blocks, (round * BLOCK_BYTES) as u64).unwrap();
+            assert_eq!(blocks[..], read[..round * BLOCK_BYTES]);
         }
+        let end = file.read_from_disk(&mut blocks, (8 * BLOCK_BYTES) as u64).unwrap_err();
+        assert_eq!(end.kind(), io::ErrorKind::UnexpectedEof);
     }
 
     #[test]

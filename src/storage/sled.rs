@@ -27,6 +27,8 @@ use std::time::Duration;
 use super::checkpoint::{BlockStore, StoreError};
 use super::durable::{sync_directory, write_file};
 use super::envelope::{self, Magic};
+use super::file::{RealFiles, create_dir_durably};
+use super::outside::is_outside;
 
 /// How often, and how long apart, a lock that is still held is tried again: 5 s in all.
 const LOCK_TRIES: u32 = 250;
@@ -46,6 +48,15 @@ pub enum SledError {
     Io(io::Error),
 }
 
+impl SledError {
+    fn new(message: String, from_system: Option<io::Error>) -> Self {
+        match from_system {
+            Some(error) if is_outside(&error) => Self::Io(error),
+            _ => Self::Unusable(message),
+        }
+    }
+}
+
 /// One sled database.
 pub struct SledStore {
     database: sled::Db,
@@ -59,7 +70,7 @@ impl SledStore {
     /// # Errors
     /// See [`SledError`].
     pub fn open(directory: &Path, cache_bytes: u64) -> Result<Self, SledError> {
-        fs::create_dir_all(directory).map_err(SledError::Io)?;
+        create_dir_durably(&RealFiles, directory).map_err(SledError::Io)?;
         remove_unfinished_indexes(directory).map_err(SledError::Io)?;
         let database = open_database(directory, cache_bytes)?;
         let data = File::open(directory.join("db")).map_err(SledError::Io)?;
@@ -76,11 +87,7 @@ impl SledStore {
                 File::open(&path)?.sync_all()?;
             }
         }
-        sync_directory(&self.directory)?;
-        match self.directory.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => sync_directory(parent),
-            _ => Ok(()),
-        }
+        sync_directory(&self.directory)
     }
 
     fn sync_files(&self) -> io::Result<()> {
@@ -127,25 +134,24 @@ impl BlockStore for SledStore {
 
     fn sync(&self) -> Result<(), StoreError> {
         guarded("flush sled", || self.database.flush())?;
-        self.sync_files().map_err(|error| StoreError::new("sync sled's files", error))
+        self.sync_files().map_err(|error| StoreError::io("sync sled's files", &error))
     }
 
     fn acknowledge(&self, generation: u64) -> Result<(), StoreError> {
-        let failed = |error: String| StoreError::new("note the generation", error);
+        let action = "note the generation";
         let bytes = envelope::seal(MAGIC, VERSION, &generation);
-        let bytes = bytes.map_err(|error| failed(error.to_string()))?;
+        let bytes = bytes.map_err(|error| StoreError::new(action, error))?;
         write_file(&self.directory.join(ACKNOWLEDGED), &bytes)
-            .map_err(|error| failed(error.to_string()))
+            .map_err(|error| StoreError::io(action, &error))
     }
 
     fn acknowledged(&self) -> Result<u64, StoreError> {
-        let failed = |error: String| StoreError::new("read the generation noted", error);
+        let action = "read the generation noted";
         match fs::read(self.directory.join(ACKNOWLEDGED)) {
-            Ok(bytes) => {
-                envelope::unseal(MAGIC, VERSION, &bytes).map_err(|error| failed(error.to_string()))
-            }
+            Ok(bytes) => envelope::unseal(MAGIC, VERSION, &bytes)
+                .map_err(|error| StoreError::new(action, error)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
-            Err(error) => Err(failed(error.to_string())),
+            Err(error) => Err(StoreError::io(action, &error)),
         }
     }
 
@@ -160,15 +166,37 @@ fn guarded<T>(
     call: impl FnOnce() -> sled::Result<T>,
 ) -> Result<T, StoreError> {
     match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(result) => result.map_err(|error| StoreError::new(action, error)),
-        Err(panic) => Err(StoreError::new(action, panic_message(panic.as_ref()))),
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(match system_error(&error) {
+            Some(error) => StoreError::io(action, &error),
+            None => StoreError::new(action, error),
+        }),
+        Err(panic) => Err(match panic_message(panic.as_ref()) {
+            (_, Some(error)) => StoreError::io(action, &error),
+            (message, None) => StoreError::new(action, message),
+        }),
     }
 }
 
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+/// What the system said, if that is what sled complains of.
+fn system_error(error: &sled::Error) -> Option<io::Error> {
+    let sled::Error::Io(error) = error else { return None };
+    let code = error.raw_os_error().map(io::Error::from_raw_os_error);
+    code.or_else(|| system_error_in(&error.to_string()))
+}
+
+/// The same in words: sled hands an error of the system on to later calls as text.
+fn system_error_in(message: &str) -> Option<io::Error> {
+    let (_, code) = message.split_once("Os { code: ")?;
+    let (code, _) = code.split_once(',')?;
+    Some(io::Error::from_raw_os_error(code.parse().ok()?))
+}
+
+/// What a panic says, with what the system said to cause it.
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> (String, Option<io::Error>) {
     let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-    format!("panic: {}", text.unwrap_or_default())
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+    (format!("panic: {text}"), system_error_in(&text))
 }
 
 fn open_database(directory: &Path, cache_bytes: u64) -> Result<sled::Db, SledError> {
@@ -185,11 +213,11 @@ fn open_database(directory: &Path, cache_bytes: u64) -> Result<sled::Db, SledErr
         match opened {
             Ok(Ok(database)) => return Ok(database),
             Ok(Err(sled::Error::Io(error))) if is_lock(&error) => std::thread::sleep(LOCK_PAUSE),
-            Ok(Err(sled::Error::Io(error))) if is_outside(&error) => {
-                return Err(SledError::Io(error));
+            Ok(Err(error)) => return Err(SledError::new(error.to_string(), system_error(&error))),
+            Err(panic) => {
+                let (message, error) = panic_message(panic.as_ref());
+                return Err(SledError::new(message, error));
             }
-            Ok(Err(error)) => return Err(SledError::Unusable(error.to_string())),
-            Err(panic) => return Err(SledError::Unusable(panic_message(panic.as_ref()))),
         }
     }
     Err(SledError::Io(io::Error::new(io::ErrorKind::WouldBlock, "another process has sled open")))
@@ -198,12 +226,6 @@ fn open_database(directory: &Path, cache_bytes: u64) -> Result<sled::Db, SledErr
 /// Whether sled complains that somebody holds its lock; it says so in words only.
 fn is_lock(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::Other && error.to_string().contains("could not acquire lock")
-}
-
-/// Whether the trouble lies outside what is stored, so that setting it aside would be wrong.
-fn is_outside(error: &io::Error) -> bool {
-    use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
-    matches!(error.kind(), PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull)
 }
 
 fn remove_unfinished_indexes(directory: &Path) -> io::Result<()> {
@@ -230,4 +252,31 @@ fn directory_bytes(directory: &Path) -> u64 {
         };
     }
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// sled says it first as it is, then as a copy in words, and panics with it where it unwraps.
+    #[test]
+    fn what_the_system_refuses_sled_is_no_damage() {
+        for (code, is_outside) in
+            [(libc::EMFILE, true), (libc::ENFILE, true), (libc::EIO, true), (libc::ENOENT, false)]
+        {
+            let said = || sled::Error::Io(io::Error::from_raw_os_error(code));
+            let call = |error| guarded("call sled", || Err::<(), _>(error)).unwrap_err();
+            let panicked = guarded::<()>("call sled", || panic!("it says {:?}", said()));
+            for error in [call(said()), call(said().clone()), panicked.unwrap_err()] {
+                assert_eq!(error.is_outside, is_outside, "{error:?}");
+            }
+            let opened = SledError::new("no".to_owned(), system_error(&said().clone()));
+            assert_eq!(matches!(opened, SledError::Io(_)), is_outside, "{opened:?}");
+        }
+        let damage =
+            guarded("call sled", || Err::<(), _>(sled::Error::Corruption { at: None, bt: () }));
+        assert!(!damage.unwrap_err().is_outside);
+        let bug = guarded::<()>("call sled", || panic!("index out of bounds"));
+        assert!(!bug.unwrap_err().is_outside);
+    }
 }

@@ -33,6 +33,8 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
 
 use super::checkpoint::{KEY_BYTES_MAX, VALUE_BYTES_MAX};
 use super::durable::{PARTIAL_SUFFIX, create_file, rename_file, sync_directory};
+use super::file::{RealFiles, create_dir_durably};
+use super::outside::{explain, is_outside};
 
 const MAGIC: [u8; 8] = *b"QRSNAPSH";
 const VERSION: u8 = 1;
@@ -55,7 +57,7 @@ const TRAILER: u8 = 3;
 #[derive(Debug, Error)]
 pub enum SnapshotError {
     /// The file system failed.
-    #[error("{action} {path}: {source}")]
+    #[error("{action} {path}: {}", explain(source))]
     Io {
         /// What was being done.
         action: &'static str,
@@ -89,6 +91,13 @@ pub enum SnapshotError {
         /// How many bytes it may have.
         limit: u64,
     },
+}
+
+impl SnapshotError {
+    /// Whether nothing is known to be wrong with the snapshot.
+    pub fn is_outside(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if is_outside(source))
+    }
 }
 
 fn io_error(action: &'static str, path: &Path, source: io::Error) -> SnapshotError {
@@ -580,7 +589,7 @@ impl SnapshotReceiver {
 /// The directory cannot be made or cleared.
 pub fn prepare(directory: &Path) -> Result<(), SnapshotError> {
     let failed = |error| io_error("create", directory, error);
-    fs::create_dir_all(directory).map_err(failed)?;
+    create_dir_durably(&RealFiles, directory).map_err(failed)?;
     remove_partials(directory)?;
     sync_directory(directory).map_err(failed)
 }

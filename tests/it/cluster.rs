@@ -269,6 +269,20 @@ impl Cluster {
         node.child = Some(quorate().args(arguments).stderr(stderr).spawn().unwrap());
     }
 
+    /// The same, with so many open files allowed.
+    pub(crate) fn spawn_with_files(&mut self, id: u64, files: u32) {
+        self.tell(&format!("start, with {files} files, "), id);
+        let arguments = self.arguments(id);
+        let binary = quorate().get_program().to_owned();
+        let node = self.node(id);
+        assert!(node.child.is_none(), "node {id} is running already");
+        let trace = OpenOptions::new().create(true).append(true).open(&node.trace).unwrap();
+        let mut command = Command::new("/bin/sh");
+        command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(trace);
+        command.arg("-c").arg(format!("ulimit -n {files} && exec \"$0\" \"$@\""));
+        node.child = Some(command.arg(binary).args(arguments).spawn().unwrap());
+    }
+
     /// Runs a node that is to end by itself, beside those of the cluster.
     pub(crate) async fn refused(&mut self, arguments: &[String]) -> Output {
         let path = self.path().join("refused.trace");
@@ -368,6 +382,15 @@ impl Cluster {
 
     /// Waits until the node serves, or ends by itself: then with what.
     pub(crate) async fn serving_or_ended(&mut self, id: u64) -> Option<ExitStatus> {
+        self.health_or_end(id, &[true]).await
+    }
+
+    /// The same, but for a node that may be short of what it needs to serve.
+    pub(crate) async fn answering_or_ended(&mut self, id: u64) -> Option<ExitStatus> {
+        self.health_or_end(id, &[true, false]).await
+    }
+
+    async fn health_or_end(&mut self, id: u64, enough: &[bool]) -> Option<ExitStatus> {
         let direct = self.direct(id).with_timeout(LOOK_TIMEOUT);
         eventually(&format!("node {id} serves or ends"), async || {
             let child = self.node(id).child.as_mut().expect("the node is running");
@@ -376,7 +399,7 @@ impl Cluster {
                 return Ok(Some(status));
             }
             match direct.serving().await {
-                Ok(true) => Ok(None),
+                Ok(serves) if enough.contains(&serves) => Ok(None),
                 other => Err(format!("{other:?}")),
             }
         })

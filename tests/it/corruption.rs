@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use quorate::client::{NewSession, Update};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, eventually};
 use crate::random::{Random, size};
 
 /// Updates before the damage, each with a value of this many bytes.
@@ -48,7 +48,7 @@ fn files_in(directory: &Path) -> Vec<PathBuf> {
 
 /// Segments of the log that hold more than their header, and where their last byte is.
 fn segments(data: &Path) -> Vec<(PathBuf, u64)> {
-    let segments = files_in(&data.join("wal")).into_iter().map(|path| {
+    let segments = segment_files(data).into_iter().map(|path| {
         let bytes = fs::read(&path).unwrap();
         let end = bytes.iter().rposition(|byte| *byte != 0).unwrap_or(0) as u64;
         (path, end)
@@ -58,6 +58,12 @@ fn segments(data: &Path) -> Vec<(PathBuf, u64)> {
     used
 }
 
+fn segment_files(data: &Path) -> Vec<PathBuf> {
+    let mut files = files_in(&data.join("wal"));
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "wal"));
+    files
+}
+
 /// Where the next batch goes.
 fn end_of_log(data: &Path) -> (PathBuf, u64) {
     let (path, last) = segments(data).pop().unwrap();
@@ -65,7 +71,7 @@ fn end_of_log(data: &Path) -> (PathBuf, u64) {
     if offset < fs::metadata(&path).unwrap().len() {
         return (path, offset);
     }
-    let next = files_in(&data.join("wal")).into_iter().find(|other| *other > path);
+    let next = segment_files(data).into_iter().find(|other| *other > path);
     (next.expect("a segment is ready"), BLOCK_BYTES)
 }
 
@@ -153,6 +159,73 @@ async fn a_torn_tail_is_cut_off() {
         assert!(cluster.trace(id).contains("cut off"));
         assert_eq!(cluster.agree().await, digest);
     }
+}
+
+/// Sequence of the last batch in the log, and of the last one that was noted beside it.
+fn sequences(data: &Path) -> (u64, u64) {
+    let number =
+        |bytes: &[u8], at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+    let (path, _) = segments(data).pop().unwrap();
+    let bytes = fs::read(path).unwrap();
+    let blocks = bytes.chunks_exact(BLOCK_BYTES as usize);
+    let batches = blocks.filter(|block| block.starts_with(b"qrwb"));
+    let last = batches.last().map_or(0, |header| number(header, 8));
+    let notes = fs::read(data.join("wal/floor")).unwrap_or_default();
+    let noted = notes.chunks_exact(BLOCK_BYTES as usize).map(|note| number(note, 16)).max();
+    (last, noted.unwrap_or(0))
+}
+
+#[tokio::test]
+async fn a_log_whose_newest_half_reads_as_zeros_is_refused() {
+    let (mut cluster, digest) = with_history("newest half").await;
+    let id = cluster.random.within(1..4);
+    // Nothing comes any more, so the log is sealed, and all before the seal is noted.
+    eventually("the end of the log is noted", async || match sequences(cluster.data(id)) {
+        (last, noted) if last > 0 && noted + 1 >= last => Ok(()),
+        found => Err(format!("{found:?}")),
+    })
+    .await;
+    end(&mut cluster, id, false).await;
+    let (path, last) = segments(cluster.data(id)).pop().unwrap();
+    let whole = fs::read(&path).unwrap();
+    let mut half = whole.clone();
+    half[(last / 2 / BLOCK_BYTES * BLOCK_BYTES) as usize..].fill(0);
+    fs::write(&path, &half).unwrap();
+    let message = refusal(&mut cluster, id).await.expect("the loss goes unnoticed");
+    let name = path.file_name().unwrap().to_str().unwrap();
+    assert!(message.contains("was once on disk") && message.contains(name), "{message}");
+    fs::write(&path, &whole).unwrap();
+    cluster.spawn(id);
+    cluster.serving(id).await;
+    assert_eq!(cluster.agree().await, digest);
+}
+
+/// Whatever a node is short of files for: it is no reason to distrust what is stored.
+#[tokio::test]
+async fn a_start_that_is_short_of_files_moves_nothing_aside() {
+    let (mut cluster, digest) = with_history("short of files").await;
+    let id = cluster.random.within(1..4);
+    end(&mut cluster, id, true).await;
+    let mut refused = 0;
+    for files in 10..200 {
+        cluster.spawn_with_files(id, files);
+        let Some(status) = cluster.answering_or_ended(id).await else {
+            end(&mut cluster, id, false).await;
+            break;
+        };
+        assert_ne!(status.code(), Some(0), "with {files} files");
+        let trace = cluster.trace(id);
+        let last = trace.lines().last().unwrap_or_default();
+        refused += u32::from(last.contains("allow this process more open files"));
+    }
+    assert!(refused > 3, "only {refused} starts were refused for want of files");
+    let data = cluster.data(id);
+    let aside = fs::read_dir(data).unwrap().map(|entry| entry.unwrap().file_name());
+    let aside: Vec<_> = aside.filter(|name| name.to_string_lossy().contains("broken")).collect();
+    assert!(aside.is_empty(), "{aside:?}");
+    cluster.spawn(id);
+    cluster.serving(id).await;
+    assert_eq!(cluster.agree().await, digest);
 }
 
 #[tokio::test]

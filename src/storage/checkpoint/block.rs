@@ -9,10 +9,13 @@
 //! overwritten: what a root names stays as it is until no root names it. The checksum covers the
 //! place of a block too, so that a block that turns up elsewhere does not pass.
 
+use std::io;
 use std::ops::Range;
 
 use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::storage::outside::{explain, is_outside};
 
 /// Bytes of checksum in front of a block's payload.
 pub(super) const CHECKSUM_BYTES: usize = 8;
@@ -28,12 +31,19 @@ pub struct StoreError {
     pub action: &'static str,
     /// What went wrong, in the words of whoever noticed.
     pub reason: String,
+    /// Whether the system refused, and nothing is known to be wrong with what is stored.
+    pub is_outside: bool,
 }
 
 impl StoreError {
     /// Notes what was being done when `reason` came up.
     pub fn new(action: &'static str, reason: impl ToString) -> Self {
-        Self { action, reason: reason.to_string() }
+        Self { action, reason: reason.to_string(), is_outside: false }
+    }
+
+    /// Notes what was being done when the system said this.
+    pub fn io(action: &'static str, error: &io::Error) -> Self {
+        Self { action, reason: explain(error), is_outside: is_outside(error) }
     }
 }
 

@@ -59,6 +59,7 @@ use self::root::Root;
 pub use self::root::{CheckpointRoot, HEADER_BYTES_MAX};
 pub use self::run::{KEY_BYTES_MAX, VALUE_BYTES_MAX};
 use self::run::{Merge, Run, RunWriter};
+use super::outside::explain;
 use super::sled::{SledError, SledStore};
 use super::snapshot::SnapshotError;
 
@@ -99,10 +100,20 @@ pub enum OpenError {
         /// What is wrong with it.
         reason: String,
     },
-    /// Nothing is known to be wrong with what is there, but it cannot be reached: disk full, no
-    /// permission, another process has it.
-    #[error("the checkpoint cannot be opened: {0}")]
-    Io(#[source] std::io::Error),
+    /// Nothing is known to be wrong with what is there, but it cannot be reached: disk full, too
+    /// many open files, no permission, another process has it.
+    #[error("the checkpoint cannot be opened: {reason}")]
+    Outside {
+        /// What stands in the way, and what removes it.
+        reason: String,
+    },
+}
+
+impl From<CheckpointError> for OpenError {
+    fn from(error: CheckpointError) -> Self {
+        let (is_outside, reason) = (error.is_outside(), error.to_string());
+        if is_outside { Self::Outside { reason } } else { Self::Unusable { reason } }
+    }
 }
 
 /// Why a checkpoint was not read or written.
@@ -143,6 +154,17 @@ pub enum CheckpointError {
     /// Whoever received the records could not go on.
     #[error("{0}")]
     Record(String),
+}
+
+impl CheckpointError {
+    /// Whether nothing is known to be wrong with what is stored.
+    pub fn is_outside(&self) -> bool {
+        match self {
+            Self::Store(error) => error.is_outside,
+            Self::Snapshot(error) => error.is_outside(),
+            _ => false,
+        }
+    }
 }
 
 /// Receives records: key and value. An error ends the reading and is handed through.
@@ -194,10 +216,9 @@ impl CheckpointStore {
         let store =
             SledStore::open(directory, options.cache_bytes).map_err(|error| match error {
                 SledError::Unusable(reason) => OpenError::Unusable { reason },
-                SledError::Io(error) => OpenError::Io(error),
+                SledError::Io(error) => OpenError::Outside { reason: explain(&error) },
             })?;
-        Self::over(Arc::new(store), options)
-            .map_err(|error| OpenError::Unusable { reason: error.to_string() })
+        Ok(Self::over(Arc::new(store), options)?)
     }
 
     /// Opens what is in the given store.

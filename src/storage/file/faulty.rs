@@ -5,10 +5,12 @@
 //! the disk that a power cut would have left, and opens that:
 //!
 //! - Of what was not synced, each 512-byte sector is there or not: none, all, a random subset, or
-//!   those below a random offset.
+//!   those below a random offset. And one block of 4 KiB, the one that was under the head, may
+//!   hold neither the old nor the new, be it that both were the same.
 //! - Of the creations, renames and removals since the last sync of a directory, a random prefix
 //!   happened, as on a file system with a journal, or even a random subset, as POSIX allows.
-//!   Syncing a file does not make its name durable, which is harsher than ext4 too.
+//!   Syncing a file does not make its name durable, which is harsher than ext4 too. What lies in a
+//!   directory whose name is lost is lost as well.
 //! - A sync that is told to fail leaves the data visible and forgets that they were not written:
 //!   from then on only writing them again can save them.
 
@@ -17,7 +19,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{File, Files, parent};
+use super::{BLOCK_BYTES, BlockBuffer, File, Files, parent};
 
 /// What a disk writes whole or not at all, in bytes.
 const SECTOR_BYTES: usize = 512;
@@ -44,6 +46,11 @@ impl Random {
     pub(crate) fn one_in(&mut self, bound: u64) -> bool {
         self.below(bound) == 0
     }
+
+    fn choose(&mut self, from: &BTreeSet<usize>) -> Option<usize> {
+        let position = self.below(from.len().max(1) as u64) as usize;
+        from.iter().nth(position).copied()
+    }
 }
 
 /// A cheap handle; clones share one disk.
@@ -55,11 +62,10 @@ pub(crate) struct FaultyFiles {
 #[derive(Clone, Default)]
 struct Disk {
     inodes: Vec<Inode>,
-    names: BTreeMap<PathBuf, usize>,
-    names_durable: BTreeMap<PathBuf, usize>,
+    names: Names,
+    names_durable: Names,
     /// Changes of names that no directory sync has covered, oldest first.
     names_pending: Vec<NameChange>,
-    directories: BTreeSet<PathBuf>,
     /// Operations since this disk was made.
     operations: u64,
     syncs: u64,
@@ -69,6 +75,13 @@ struct Disk {
     fail_sync_at: Option<u64>,
     failed_sync: Option<usize>,
     stopped: bool,
+}
+
+/// What is where. The current directory is always there.
+#[derive(Clone, Default)]
+struct Names {
+    files: BTreeMap<PathBuf, usize>,
+    directories: BTreeSet<PathBuf>,
 }
 
 #[derive(Clone, Default)]
@@ -82,6 +95,7 @@ struct Inode {
 #[derive(Clone)]
 enum NameChange {
     Create(PathBuf, usize),
+    CreateDirectory(PathBuf),
     Rename(PathBuf, PathBuf),
     Remove(PathBuf),
 }
@@ -124,7 +138,7 @@ impl FaultyFiles {
     pub(crate) fn failed_sync(&self) -> Option<PathBuf> {
         let disk = self.lock();
         let failed = disk.failed_sync?;
-        disk.names.iter().find(|(_, inode)| **inode == failed).map(|(path, _)| path.clone())
+        disk.names.files.iter().find(|(_, inode)| **inode == failed).map(|(path, _)| path.clone())
     }
 
     /// True once the power has gone.
@@ -143,10 +157,10 @@ impl FaultyFiles {
                 change.apply(&mut names);
             }
         }
+        names.drop_unreachable();
         let inodes = disk.inodes.iter().map(|inode| inode.power_cut(random)).collect();
-        let directories = disk.directories.clone();
         let names_durable = names.clone();
-        FaultyFiles::from(Disk { inodes, names, names_durable, directories, ..Disk::default() })
+        FaultyFiles::from(Disk { inodes, names, names_durable, ..Disk::default() })
     }
 
     /// The disk as a new process finds it after `kill -9`: all that was written is visible, and
@@ -160,7 +174,7 @@ impl FaultyFiles {
     /// Bytes of a file as a reader sees them.
     pub(crate) fn content(&self, path: &Path) -> Vec<u8> {
         let disk = self.lock();
-        disk.inodes[disk.names[path]].visible.clone()
+        disk.inodes[disk.names.files[path]].visible.clone()
     }
 
     /// Inverts the bits of `mask` in one byte, on the platter too.
@@ -182,7 +196,7 @@ impl FaultyFiles {
 
     fn damage(&self, path: &Path, mut change: impl FnMut(&mut Vec<u8>)) {
         let mut disk = self.lock();
-        let inode = disk.names[path];
+        let inode = disk.names.files[path];
         change(&mut disk.inodes[inode].visible);
         change(&mut disk.inodes[inode].durable);
     }
@@ -227,7 +241,7 @@ impl Disk {
 
     fn find(&self, path: &Path) -> io::Result<usize> {
         power(Stopping(self.stopped))?;
-        self.names.get(path).copied().ok_or_else(|| io::ErrorKind::NotFound.into())
+        self.names.files.get(path).copied().ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 }
 
@@ -274,6 +288,13 @@ impl Inode {
         for sector in kept {
             copy_sector(sector, &self.visible, &mut durable);
         }
+        if random.one_in(2)
+            && let Some(sector) = random.choose(&self.dirty)
+        {
+            let start = sector * SECTOR_BYTES / BLOCK_BYTES * BLOCK_BYTES;
+            let end = (start + BLOCK_BYTES).min(durable.len());
+            durable[start.min(end)..end].fill_with(|| random.next() as u8);
+        }
         Inode { visible: durable.clone(), durable, dirty: BTreeSet::new() }
     }
 }
@@ -287,19 +308,40 @@ fn copy_sector(sector: usize, from: &[u8], to: &mut [u8]) {
     }
 }
 
+impl Names {
+    fn has_directory(&self, path: &Path) -> bool {
+        path == Path::new(".") || self.directories.contains(path)
+    }
+
+    fn drop_unreachable(&mut self) {
+        // A directory comes before what is in it.
+        for directory in std::mem::take(&mut self.directories) {
+            if self.has_directory(parent(&directory)) {
+                self.directories.insert(directory);
+            }
+        }
+        let files = std::mem::take(&mut self.files);
+        self.files =
+            files.into_iter().filter(|(path, _)| self.has_directory(parent(path))).collect();
+    }
+}
+
 impl NameChange {
-    fn apply(&self, names: &mut BTreeMap<PathBuf, usize>) {
+    fn apply(&self, names: &mut Names) {
         match self {
             NameChange::Create(path, inode) => {
-                names.insert(path.clone(), *inode);
+                names.files.insert(path.clone(), *inode);
+            }
+            NameChange::CreateDirectory(path) => {
+                names.directories.insert(path.clone());
             }
             NameChange::Rename(from, to) => {
-                if let Some(inode) = names.remove(from) {
-                    names.insert(to.clone(), inode);
+                if let Some(inode) = names.files.remove(from) {
+                    names.files.insert(to.clone(), inode);
                 }
             }
             NameChange::Remove(path) => {
-                names.remove(path);
+                names.files.remove(path);
             }
         }
     }
@@ -315,7 +357,7 @@ impl Files for FaultyFiles {
         let inode = {
             let mut disk = self.lock();
             power(Stopping(disk.stopped))?;
-            if !disk.directories.contains(parent(path)) {
+            if !disk.names.has_directory(parent(path)) {
                 return Err(io::ErrorKind::NotFound.into());
             }
             disk.inodes.push(Inode::default());
@@ -328,17 +370,17 @@ impl Files for FaultyFiles {
     fn list(&self, directory: &Path) -> io::Result<Vec<String>> {
         let disk = self.lock();
         power(Stopping(disk.stopped))?;
-        if !disk.directories.contains(directory) {
+        if !disk.names.has_directory(directory) {
             return Err(io::ErrorKind::NotFound.into());
         }
-        let inside = disk.names.keys().filter(|path| parent(path) == directory);
+        let inside = disk.names.files.keys().filter(|path| parent(path) == directory);
         Ok(inside.filter_map(|path| Some(path.file_name()?.to_str()?.to_owned())).collect())
     }
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
         let disk = self.lock();
         power(Stopping(disk.stopped))?;
-        Ok(disk.names.contains_key(path) || disk.directories.contains(path))
+        Ok(disk.names.files.contains_key(path) || disk.names.has_directory(path))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -351,11 +393,11 @@ impl Files for FaultyFiles {
         self.change_names(NameChange::Remove(path.to_owned()))
     }
 
-    fn create_dir_all(&self, directory: &Path) -> io::Result<()> {
-        let mut disk = self.lock();
-        let stopping = disk.count()?;
-        disk.directories.extend(directory.ancestors().map(Path::to_owned));
-        power(stopping)
+    fn create_dir(&self, directory: &Path) -> io::Result<()> {
+        if !self.lock().names.has_directory(parent(directory)) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        self.change_names(NameChange::CreateDirectory(directory.to_owned()))
     }
 
     fn sync_dir(&self, directory: &Path) -> io::Result<()> {
@@ -363,8 +405,10 @@ impl Files for FaultyFiles {
         let stopping = disk.count()?;
         power(stopping)?;
         let of_directory = |change: &NameChange| match change {
-            NameChange::Create(path, _) | NameChange::Remove(path) => parent(path) == directory,
-            NameChange::Rename(_, to) => parent(to) == directory,
+            NameChange::Create(path, _)
+            | NameChange::CreateDirectory(path)
+            | NameChange::Remove(path)
+            | NameChange::Rename(_, path) => parent(path) == directory,
         };
         let (covered, rest) =
             std::mem::take(&mut disk.names_pending).into_iter().partition(of_directory);
@@ -400,6 +444,18 @@ impl File for FaultyFile {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         buffer.copy_from_slice(&visible[start..end]);
+        Ok(())
+    }
+
+    fn read_from_disk(&self, buffer: &mut BlockBuffer, offset: u64) -> io::Result<()> {
+        let disk = self.lock();
+        power(Stopping(disk.stopped))?;
+        let durable = &disk.inodes[self.inode].durable;
+        let (start, end) = (offset as usize, offset as usize + buffer.len());
+        if end > durable.len() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        buffer.copy_from_slice(&durable[start..end]);
         Ok(())
     }
 
@@ -446,34 +502,60 @@ mod tests {
 
     #[test]
     fn only_synced_bytes_and_names_are_sure_to_survive() {
-        let (mut lost_bytes, mut lost_name, mut torn) = (0, 0, 0);
-        for seed in 0..200 {
+        let (mut lost_bytes, mut lost_name, mut torn, mut spoilt) = (0, 0, 0, 0);
+        for seed in 0..400 {
             let files = FaultyFiles::new();
             let directory = Path::new("d");
-            files.create_dir_all(directory).unwrap();
+            files.create_dir(directory).unwrap();
+            files.sync_dir(Path::new(".")).unwrap();
             let (first, second) = (directory.join("first"), directory.join("second"));
             let file = files.create(&first).unwrap();
-            file.write_all_at(&[1; 2048], 0).unwrap();
+            file.write_all_at(&[1; 4 * BLOCK_BYTES], 0).unwrap();
             file.sync_data().unwrap();
             files.sync_dir(directory).unwrap();
-            file.write_all_at(&[2; 1024], 512).unwrap();
+            let (start, end) = (BLOCK_BYTES + 512, BLOCK_BYTES + 1536);
+            file.write_all_at(&[2; 1024], start as u64).unwrap();
             files.create(&second).unwrap().sync_all().unwrap();
 
             let after = files.power_cut(&mut Random(seed));
             let content = after.content(&first);
-            assert_eq!(content.len(), 2048);
-            assert!(content[..512].iter().chain(&content[1536..]).all(|byte| *byte == 1));
-            lost_bytes += u32::from(content[512..1536].iter().all(|byte| *byte == 1));
-            torn += u32::from(content[512] != content[1024]);
+            assert_eq!(content.len(), 4 * BLOCK_BYTES);
+            let (before, behind) = (&content[..BLOCK_BYTES], &content[2 * BLOCK_BYTES..]);
+            assert!(before.iter().chain(behind).all(|byte| *byte == 1), "no other block");
+            let beside = content[BLOCK_BYTES..start].iter().chain(&content[end..2 * BLOCK_BYTES]);
+            if beside.copied().any(|byte| byte != 1) {
+                spoilt += 1;
+                continue;
+            }
+            lost_bytes += u32::from(content[start..end].iter().all(|byte| *byte == 1));
+            torn += u32::from(content[start] != content[start + 512]);
             lost_name += u32::from(!after.exists(&second).unwrap());
         }
-        assert!(lost_bytes > 20 && torn > 20 && lost_name > 20);
+        assert!(lost_bytes > 20 && torn > 20 && lost_name > 20 && spoilt > 20);
+    }
+
+    #[test]
+    fn what_lies_in_a_directory_is_as_durable_as_its_name() {
+        let mut lost = 0;
+        for seed in 0..100 {
+            let files = FaultyFiles::new();
+            let (outer, inner) = (Path::new("outer"), Path::new("outer/inner"));
+            files.create_dir(outer).unwrap();
+            files.create_dir(inner).unwrap();
+            files.sync_dir(outer).unwrap();
+            files.create(&inner.join("file")).unwrap();
+            files.sync_dir(inner).unwrap();
+            let after = files.power_cut(&mut Random(seed));
+            assert_eq!(after.exists(&inner.join("file")).unwrap(), after.exists(outer).unwrap());
+            lost += u32::from(!after.exists(outer).unwrap());
+        }
+        assert!((20..80).contains(&lost), "{lost}");
     }
 
     #[test]
     fn a_stopped_disk_does_nothing_more() {
         let files = FaultyFiles::new();
-        files.create_dir_all(Path::new("d")).unwrap();
+        files.create_dir(Path::new("d")).unwrap();
         let file = files.create(Path::new("d/f")).unwrap();
         files.stop_at(2);
         file.write_all_at(b"kept", 0).unwrap();
@@ -486,8 +568,9 @@ mod tests {
     #[test]
     fn a_failed_sync_forgets_what_it_covered() {
         let files = FaultyFiles::new();
-        files.create_dir_all(Path::new("d")).unwrap();
+        files.create_dir(Path::new("d")).unwrap();
         let file = files.create(Path::new("d/f")).unwrap();
+        files.sync_dir(Path::new(".")).unwrap();
         files.sync_dir(Path::new("d")).unwrap();
         files.fail_sync_at(1);
         file.write_all_at(b"data", 0).unwrap();

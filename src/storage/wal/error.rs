@@ -4,6 +4,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::storage::outside::explain;
+
 /// Why the log refuses to open, to take an operation, or to go on.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum WalError {
@@ -18,7 +20,7 @@ pub enum WalError {
         reason: String,
     },
     /// The disk failed. A log that was open has stopped for good.
-    #[error("cannot {action} {}: {error}", file.display())]
+    #[error("cannot {action} {}: {}", file.display(), explain(error))]
     Io {
         /// A verb, such as `sync`.
         action: &'static str,

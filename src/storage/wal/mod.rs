@@ -12,8 +12,11 @@
 //! 1. A call puts its operation in the queue, and its records in the log in memory, where they can
 //!    be read at once. It never waits for the disk.
 //! 2. The thread takes whatever queued while its last sync ran, encodes it as one batch, writes
-//!    and syncs it. There is no timer: one write alone costs one sync, a crowd shares one.
+//!    and syncs it. No write waits for a timer: one alone costs one sync, a crowd shares one.
 //! 3. The completions run on that thread, in order.
+//! 4. When nothing has come for [`WalOptions::idle_after`], the thread seals the log with a batch
+//!    that promises nothing, so that damage to the last one that does is told from a torn write,
+//!    and has the [floor](floor) noted.
 //!
 //! On disk the log is a chain of [segments](segment), each a sequence of [batches](batch). The
 //! first batch of a segment repeats the vote, `committed` and `purged`, so a segment can be removed
@@ -25,9 +28,9 @@
 //! that succeeds would prove nothing. Everything queued then or later gets the error.
 //!
 //! Caveats:
-//! - The last batch of a log that was not [closed](Wal::close) is believed to be torn when it is
-//!   damaged, and cut off. Only what [`WalOptions::must_contain`] or `committed` vouch for is
-//!   refused instead.
+//! - The last batch of a log that was neither [closed](Wal::close) nor idle before it ended is
+//!   believed to be torn when it is damaged, and cut off. Only what [`WalOptions::must_contain`],
+//!   `committed` or the floor vouch for is refused instead.
 //! - The queue is not bounded here. Its callers are: Raft bounds what it has in flight.
 //! - A cached record keeps the whole buffer alive of which its `Bytes` are a part.
 
@@ -46,6 +49,7 @@ use crate::storage::thread::ThreadWatch;
 
 mod batch;
 mod error;
+mod floor;
 mod log;
 mod reader;
 mod recovery;
@@ -88,6 +92,9 @@ pub struct WalOptions {
     pub must_contain: u64,
     /// Bytes of the newest records that are kept in memory, roughly.
     pub cache_bytes_max: usize,
+    /// How long nothing may come before the log counts as idle and is sealed. In a log that is
+    /// never idle the floor is noted once in ten times this.
+    pub idle_after: Duration,
     /// Salt of new segments; drawn at random unless a simulation sets it.
     pub salt: Option<u64>,
     /// Told when the log stops by itself: its disk has failed, or one of its threads is gone.
@@ -100,6 +107,7 @@ impl Default for WalOptions {
             segment_bytes: 16 * 1024 * 1024,
             must_contain: 0,
             cache_bytes_max: 32 * 1024 * 1024,
+            idle_after: Duration::from_millis(100),
             salt: None,
             threads: ThreadWatch::default(),
         }
@@ -596,7 +604,7 @@ fn prepare(
         })?,
     };
     let recovery = recovery::recover(&*files, directory, &options)?;
-    let shop = supply::Workshop::new(files, directory, salt, segment_bytes);
+    let shop = supply::Workshop::new(files, directory, salt, segment_bytes, recovery.notebook);
     let threads = supply_thread.then_some(&options.threads);
     let mut supply = Supply::new(shop, recovery.next_segment, recovery.spares, threads)?;
 
@@ -628,7 +636,14 @@ fn prepare(
         sync_begun: Mutex::new(None),
         record_bytes_max: room - batch::FRAME_BYTES,
     });
-    let at = writer::Start { spans, position, sequence: recovery.next_sequence };
+    let at = writer::Start {
+        spans,
+        position,
+        sequence: recovery.next_sequence,
+        sealed: recovery.sealed,
+        noted: recovery.floor,
+        idle_after: options.idle_after,
+    };
     let mut writer = Writer::new(Arc::clone(&shared), supply, at, recovery.words, room);
     writer.remove_purged();
     Ok((shared, recovery.recovered, writer))

@@ -11,16 +11,18 @@
 //!   ever be taken for something.
 //! - **Corruption**: a batch that should be there is not, or is damaged, and a later one proves
 //!   that it was once complete. The log is refused, and left as it is. So is a log that ends
-//!   before what `must_contain` or its own `committed` vouch for, and one whose batches contradict
-//!   each other although their checksums are right.
+//!   before what `must_contain`, its own `committed` or the [floor](super::floor) vouch for, and
+//!   one whose batches contradict each other although their checksums are right.
 //!
-//! The empty batch that a close leaves behind makes damage to any acknowledged batch the last
-//! kind. Without it, damage to the last batch cannot be told from a torn one.
+//! The seal, a batch that binds nobody, which a close or a rest leaves behind, makes damage to any
+//! acknowledged batch the last kind. Without it, and above the floor, damage to the last batch
+//! cannot be told from a torn one.
 //!
-//! Nothing is changed before all is found good. Then the last batch is written once more, as it
-//! is: a process that was killed between write and sync, or by a failed sync, leaves a batch that
-//! can be read but may not be on disk, and a sync alone would not save it if the kernel believes
-//! that it has been written.
+//! Nothing is changed before all is found good. Then the last batch is made sure of: a process that
+//! was killed between write and sync, or by a failed sync, leaves a batch that can be read but may
+//! not be on disk. A sync brings it there, unless the kernel believes that it has been written; so
+//! the disk is asked past the page cache, and only where it has something else is the batch written
+//! once more. One that is on disk is never written to: a power cut in its midst could spoil it.
 
 use std::collections::VecDeque;
 use std::io;
@@ -30,12 +32,13 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::batch::{BLOCK_BYTES, FrameEntry, HEADER_BYTES, Header, Kind};
+use super::floor::{Floor, Notebook};
 use super::log::{Location, Log};
 use super::segment::{self, FIRST_BATCH, Segment};
 use super::words::Words;
 use super::writer::Span;
 use super::{BATCH_BYTES_MAX, Recovered, TornTail, WalError, WalOptions, io_error};
-use crate::storage::file::{Files, create_dir_durably};
+use crate::storage::file::{BlockBuffer, Files, create_dir_durably};
 
 /// Bytes of a file that are read at once.
 const WINDOW_BYTES: u64 = 4 * 1024 * 1024;
@@ -50,6 +53,10 @@ pub(super) struct Recovery {
     /// Where the next batch goes in the last of them.
     pub(super) position: u64,
     pub(super) next_sequence: u64,
+    /// True if the last batch binds nobody, or there is none.
+    pub(super) sealed: bool,
+    pub(super) notebook: Notebook,
+    pub(super) floor: Floor,
     /// Prepared, and not used yet.
     pub(super) spares: VecDeque<Arc<Segment>>,
     /// Number of the next segment to be prepared.
@@ -63,9 +70,10 @@ pub(super) fn recover(
     options: &WalOptions,
 ) -> Result<Recovery, WalError> {
     let (segments, unfinished) = open_segments(files, directory)?;
+    let (notebook, floor) = Notebook::open(files, directory)?;
     let mut scan = Scan::new(segments, options.cache_bytes_max);
     scan.run()?;
-    scan.check(directory, options)?;
+    scan.check(directory, options, floor)?;
 
     for name in unfinished {
         let path = directory.join(name);
@@ -74,7 +82,7 @@ pub(super) fn recover(
     // The names of segments that an earlier process created without living to sync them.
     files.sync_dir(directory).map_err(|error| io_error("sync", directory, error))?;
     let repaired_tail = scan.repair()?;
-    Ok(scan.finish(repaired_tail))
+    Ok(scan.finish(repaired_tail, notebook, floor))
 }
 
 /// Opens all segments, in order, and lists files that were never finished.
@@ -130,6 +138,8 @@ struct Scan {
     next_sequence: Option<u64>,
     /// The last good batch.
     last: Option<At>,
+    /// True if that binds nobody, or there is none.
+    sealed: bool,
     /// Bytes behind the last good batch that are not zeros.
     torn: Option<At>,
     /// The first batch that was found told of records before it.
@@ -145,6 +155,7 @@ impl Scan {
             words: Words::default(),
             next_sequence: None,
             last: None,
+            sealed: true,
             torn: None,
             began_late: false,
         }
@@ -177,6 +188,7 @@ impl Scan {
             }
             let bytes = header.bytes().next_multiple_of(BLOCK_BYTES as u64);
             self.last = Some(At { segment: position, offset, bytes });
+            self.sealed = frames.iter().all(|frame| frame.kind == Kind::Committed);
             offset += bytes;
         }
         Ok(())
@@ -309,7 +321,7 @@ impl Scan {
     }
 
     /// Refuses a log that is sound in itself but has lost something.
-    fn check(&self, directory: &Path, options: &WalOptions) -> Result<(), WalError> {
+    fn check(&self, directory: &Path, options: &WalOptions, floor: Floor) -> Result<(), WalError> {
         let purged = self.words.purged_index();
         let at_end = |reason: String| {
             let first =
@@ -334,6 +346,19 @@ impl Scan {
             }
         }
         let end = self.log.last().max(purged);
+        let sequence = self.next_sequence.map_or(0, |next| next - 1);
+        if sequence < floor.sequence {
+            let record = |index: Option<u64>| {
+                index.map_or("no record".to_owned(), |index| format!("record {index}"))
+            };
+            return Err(at_end(format!(
+                "the log ends with {} (batch {sequence}), but {} (batch {}) was once on disk: \
+                 the disk has lost the newest part of it, which was acknowledged",
+                record(end),
+                record(floor.next_index.checked_sub(1)),
+                floor.sequence,
+            )));
+        }
         if options.must_contain > 0 && end < Some(options.must_contain) {
             return Err(at_end(format!(
                 "the log ends with record {end:?}, but {} was once acknowledged",
@@ -376,18 +401,13 @@ impl Scan {
         }
         if let Some(last) = self.last {
             let segment = &self.segments[last.segment];
-            let mut bytes = vec![0; last.bytes as usize];
-            let again = segment
-                .file
-                .read_exact_at(&mut bytes, last.offset)
-                .and_then(|()| segment.file.write_all_at(&bytes, last.offset))
-                .and_then(|()| segment.file.sync_all());
-            again.map_err(|error| io_error("write again", &segment.path, error))?;
+            make_sure_of(segment, last)
+                .map_err(|error| io_error("make sure of", &segment.path, error))?;
         }
         Ok(repaired)
     }
 
-    fn finish(self, repaired_tail: Option<TornTail>) -> Recovery {
+    fn finish(self, repaired_tail: Option<TornTail>, notebook: Notebook, floor: Floor) -> Recovery {
         let next_segment = self.segments.last().map_or(1, |last| last.number + 1);
         let used = self.last.map_or(0, |last| last.segment + 1);
         let mut segments = self.segments;
@@ -409,6 +429,9 @@ impl Scan {
             spans,
             position: self.last.map_or(FIRST_BATCH, |last| last.offset + last.bytes),
             next_sequence: self.next_sequence.unwrap_or(1),
+            sealed: self.sealed,
+            notebook,
+            floor,
             spares,
             next_segment,
         }
@@ -418,6 +441,24 @@ impl Scan {
         let file = self.segments[position].path.clone();
         WalError::Corrupt { file, offset, reason: reason.into() }
     }
+}
+
+/// Sees to it that a batch that was read is on disk; see the module.
+fn make_sure_of(segment: &Segment, batch: At) -> io::Result<()> {
+    let (file, bytes) = (&segment.file, batch.bytes as usize);
+    let mut read = vec![0; bytes];
+    file.read_exact_at(&mut read, batch.offset)?;
+    file.sync_all()?;
+    let mut on_disk = BlockBuffer::default();
+    on_disk.reset(bytes);
+    file.read_from_disk(&mut on_disk, batch.offset)?;
+    if on_disk[..] == read[..] {
+        return Ok(());
+    }
+    let (file_name, offset) = (segment.path.display(), batch.offset);
+    tracing::warn!(file = %file_name, offset, "the last batch had not reached the disk");
+    file.write_all_at(&read, batch.offset)?;
+    file.sync_all()
 }
 
 fn write_zeros(segment: &Segment, start: u64, end: u64) -> Result<(), WalError> {

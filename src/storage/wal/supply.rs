@@ -1,5 +1,5 @@
-//! Prepares the next segment and removes purged ones, off the log's thread. No write waits for it
-//! unless it comes faster than zeros can be written.
+//! Prepares the next segment, removes purged ones and notes how far the log is synced, off the
+//! log's thread. No write waits for it unless it comes faster than zeros can be written.
 //!
 //! The zeros share the disk with the batches, and a batch that is synced beside a piece of zeros
 //! takes several times as long. So they are written at the pace at which the segment before fills,
@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 
+use super::floor::{Floor, Notebook};
 use super::segment::{Preparation, Segment, ZERO_PIECE_BYTES};
 use super::{WalError, io_error};
 use crate::storage::file::Files;
@@ -22,6 +23,7 @@ pub(super) struct Workshop {
     directory: PathBuf,
     salt: u64,
     segment_bytes: u64,
+    notebook: Notebook,
     preparation: Option<Preparation>,
     /// Set when the next segment could not be prepared in part. The disk may be full: to begin
     /// again with every part would be a flood of zeros, so it waits until all of it is needed.
@@ -29,6 +31,8 @@ pub(super) struct Workshop {
     /// Set when a file could not be removed. The chain may have no gap, so nothing behind it may
     /// be removed either; the next start tries again.
     removal_failed: bool,
+    /// Set when a note failed. The one before still holds; the next start tries again.
+    note_failed: bool,
 }
 
 impl Workshop {
@@ -37,10 +41,19 @@ impl Workshop {
         directory: &Path,
         salt: u64,
         segment_bytes: u64,
+        notebook: Notebook,
     ) -> Workshop {
-        let directory = directory.to_owned();
-        let (preparation, part_failed, removal_failed) = (None, false, false);
-        Workshop { files, directory, salt, segment_bytes, preparation, part_failed, removal_failed }
+        Workshop {
+            files,
+            directory: directory.to_owned(),
+            salt,
+            segment_bytes,
+            notebook,
+            preparation: None,
+            part_failed: false,
+            removal_failed: false,
+            note_failed: false,
+        }
     }
 
     /// Goes on with what was begun, or begins, and makes it a segment. After an error the next call
@@ -88,6 +101,16 @@ impl Workshop {
             self.removal_failed = true;
         }
     }
+
+    fn note(&mut self, floor: Floor) {
+        if self.note_failed {
+            return;
+        }
+        if let Err(error) = self.notebook.write(&*self.files, floor) {
+            tracing::warn!(%error, "cannot note how far the log is synced");
+            self.note_failed = true;
+        }
+    }
 }
 
 enum Errand {
@@ -97,6 +120,7 @@ enum Errand {
     /// of the whole, it begins anew.
     Prepare(u32),
     Remove(PathBuf),
+    Note(Floor),
 }
 
 enum Place {
@@ -109,7 +133,7 @@ enum Place {
     },
     /// Errands are run by the caller, when the result is needed, so that a test knows the order of
     /// all I/O.
-    Here(Workshop),
+    Here(Box<Workshop>),
 }
 
 /// The log's side of it.
@@ -138,7 +162,7 @@ impl Supply {
         let segment_bytes = shop.segment_bytes;
         let place = match threads {
             Some(threads) => Place::start(shop, threads)?,
-            None => Place::Here(shop),
+            None => Place::Here(Box::new(shop)),
         };
         let (paced, under_way, waits) = (0, false, 0);
         Ok(Supply { place, spares, next_number, segment_bytes, paced, under_way, waits })
@@ -227,6 +251,14 @@ impl Supply {
         }
     }
 
+    /// Notes how far the log is synced, in time.
+    pub(super) fn note(&mut self, floor: Floor) {
+        match &mut self.place {
+            Place::Here(shop) => shop.note(floor),
+            Place::Thread { .. } => self.send(Errand::Note(floor)),
+        }
+    }
+
     /// Times that `take` had to wait.
     pub(super) fn waits(&self) -> u64 {
         self.waits
@@ -251,6 +283,7 @@ impl Place {
                             }
                         }
                         Errand::Remove(path) => shop.remove(&path),
+                        Errand::Note(floor) => shop.note(floor),
                     }
                 }
                 Ok(())

@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::batch::{self, Frame, FrameEntry, Kind, Place};
+use super::floor::Floor;
 use super::log::Location;
 use super::segment::{FIRST_BATCH, Segment};
 use super::supply::Supply;
@@ -19,12 +20,30 @@ pub(super) struct Span {
     pub(super) highest: Option<u64>,
 }
 
+/// While batches flow, the floor is noted once in so many times what makes an idle log.
+const NOTE_INTERVAL_FACTOR: u32 = 10;
+
 /// Where the log goes on.
 pub(super) struct Start {
     /// Oldest first; the last is the one to write to.
     pub(super) spans: VecDeque<Span>,
     pub(super) position: u64,
     pub(super) sequence: u64,
+    /// True if the last batch binds nobody, or there is none.
+    pub(super) sealed: bool,
+    /// The floor that was noted last.
+    pub(super) noted: Floor,
+    /// How long nothing may come before the log counts as idle.
+    pub(super) idle_after: Duration,
+}
+
+/// What the thread has to do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Write,
+    /// Nothing has come for a while.
+    Rest,
+    Close,
 }
 
 pub(super) struct Writer {
@@ -42,8 +61,15 @@ pub(super) struct Writer {
     pending: VecDeque<Operation>,
     /// Reused from batch to batch, and at most twice as large as one.
     buffer: BlockBuffer,
-    /// True if the last batch on disk marks a close, or there is none at all.
+    /// True if the last batch on disk binds nobody, or there is none at all: it is proof of all
+    /// that were before it, and its own loss is none.
     sealed: bool,
+    /// As of the last batch that binds somebody.
+    floor: Floor,
+    /// The floor that was noted last.
+    noted: Floor,
+    noted_at: Instant,
+    idle_after: Duration,
 }
 
 /// What one batch is made of.
@@ -54,6 +80,8 @@ struct Draft {
     /// Which call appended them: runs of records, by the number of the call and how many.
     appended: Vec<(u64, usize)>,
     completions: Vec<Completion>,
+    /// Whether anything in it is promised to somebody: all but `committed` is.
+    binds: bool,
 }
 
 impl Writer {
@@ -65,6 +93,9 @@ impl Writer {
         room: usize,
     ) -> Writer {
         assert!(!start.spans.is_empty());
+        // What recovery has read is on disk.
+        let sequence = (start.sequence - 1).saturating_sub(u64::from(start.sealed));
+        let floor = Floor { sequence, next_index: words.next.unwrap_or(0) };
         Writer {
             shared,
             supply,
@@ -75,7 +106,11 @@ impl Writer {
             room,
             pending: VecDeque::new(),
             buffer: BlockBuffer::default(),
-            sealed: start.sequence == 1,
+            sealed: start.sealed,
+            floor,
+            noted: start.noted,
+            noted_at: now(),
+            idle_after: start.idle_after,
         }
     }
 
@@ -84,45 +119,76 @@ impl Writer {
         // Whatever ends this thread, nobody waits in vain.
         let _last_will = LastWill { shared: Arc::clone(&self.shared) };
         loop {
-            let closing = self.wait();
-            if self.write_pending(closing).is_err() {
+            let turn = self.wait();
+            if self.take_turn(turn).is_err() {
                 let stopped = self.shared.lock().stopped.clone().unwrap_or(WalError::Stopped);
                 return Err(format!("the write-ahead log has stopped: {stopped}"));
             }
-            if closing {
+            if turn == Turn::Close {
                 return Ok(());
             }
         }
     }
 
-    /// Takes the queue once there is something worth a sync in it. True if it is the last time.
-    fn wait(&mut self) -> bool {
+    /// Takes the queue once there is something worth a sync in it, or nothing has come for so long
+    /// that the log is idle.
+    fn wait(&mut self) -> Turn {
+        let nothing_to_do = |state: &mut State| state.urgent == 0 && !state.closing;
         let mut state = self.shared.lock();
-        while state.urgent == 0 && !state.closing {
-            state.idle = true;
-            state = self.shared.work.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        state.idle = nothing_to_do(&mut state);
+        state = if self.sealed && self.noted >= self.floor {
+            let woken = self.shared.work.wait_while(state, nothing_to_do);
+            woken.unwrap_or_else(PoisonError::into_inner)
+        } else {
+            let woken = self.shared.work.wait_timeout_while(state, self.idle_after, nothing_to_do);
+            woken.unwrap_or_else(PoisonError::into_inner).0
+        };
         state.idle = false;
-        take_queue(&mut state, &mut self.pending);
-        state.closing
+        take_queue(&mut state, &mut self.pending)
     }
 
     /// Does what the thread does when it wakes, for a test. False once the log has stopped.
     #[cfg(test)]
     pub(super) fn turn(&mut self) -> bool {
-        let closing = {
+        let turn = {
             let mut state = self.shared.lock();
             if state.urgent == 0 && !state.closing {
                 return state.stopped.is_none();
             }
-            take_queue(&mut state, &mut self.pending);
-            state.closing
+            take_queue(&mut state, &mut self.pending)
         };
-        self.write_pending(closing).is_ok() && !closing
+        self.take_turn(turn).is_ok() && turn != Turn::Close
+    }
+
+    /// Does what the thread does when nothing has come for a while, for a test. False once the log
+    /// has stopped.
+    #[cfg(test)]
+    pub(super) fn idle(&mut self) -> bool {
+        let turn = {
+            let mut state = self.shared.lock();
+            if state.stopped.is_some() {
+                return false;
+            }
+            take_queue(&mut state, &mut self.pending)
+        };
+        self.take_turn(turn).is_ok() && turn != Turn::Close
+    }
+
+    fn take_turn(&mut self, turn: Turn) -> Result<(), ()> {
+        if turn != Turn::Rest {
+            self.write_pending()?;
+        }
+        if turn != Turn::Write {
+            self.seal()?;
+        }
+        if turn == Turn::Close {
+            self.stop(WalError::Closed, Vec::new());
+        }
+        Ok(())
     }
 
     /// Writes all that was taken from the queue, and what joins it meanwhile.
-    fn write_pending(&mut self, closing: bool) -> Result<(), ()> {
+    fn write_pending(&mut self) -> Result<(), ()> {
         while !self.pending.is_empty() {
             self.write_batch()?;
             let mut state = self.shared.lock();
@@ -131,19 +197,24 @@ impl Writer {
                 take_queue(&mut state, &mut self.pending);
             }
         }
-        if closing {
-            self.seal()?;
-        }
         Ok(())
     }
 
-    /// Ends the log with an empty batch: proof that all before it was complete.
+    /// Ends the log with a batch that binds nobody: proof that all before it was complete. It holds
+    /// `committed`, if that has moved since. Then notes how far the log goes.
     fn seal(&mut self) -> Result<(), ()> {
-        if !self.sealed {
+        if !self.sealed || !self.pending.is_empty() {
             self.write_batch()?;
         }
-        self.stop(WalError::Closed, Vec::new());
+        self.note();
         Ok(())
+    }
+
+    fn note(&mut self) {
+        if self.noted < self.floor {
+            self.noted = self.floor;
+            self.supply.note(self.floor);
+        }
     }
 
     /// Makes one batch of as many operations as fit, and puts it on disk. An error has been told
@@ -151,8 +222,8 @@ impl Writer {
     fn write_batch(&mut self) -> Result<(), ()> {
         let mut draft = self.draft();
         match self.put(&mut draft) {
-            Ok((entries, time)) => {
-                self.conclude(&draft, &entries, time);
+            Ok((entries, begun)) => {
+                self.conclude(&draft, &entries, begun);
                 for done in draft.completions {
                     done(Ok(()));
                 }
@@ -177,8 +248,8 @@ impl Writer {
         draft
     }
 
-    /// Encodes, writes and syncs. Returns the batch's table and how long the disk took.
-    fn put(&mut self, draft: &mut Draft) -> Result<(Vec<FrameEntry>, Duration), WalError> {
+    /// Encodes, writes and syncs. Returns the batch's table and when it went to the disk.
+    fn put(&mut self, draft: &mut Draft) -> Result<(Vec<FrameEntry>, Instant), WalError> {
         let restated = self.words.restate().iter().map(Frame::bytes).sum::<usize>();
         let bytes = (batch::HEADER_BYTES + restated + draft.bytes) as u64;
         let bytes = bytes.next_multiple_of(batch::BLOCK_BYTES as u64);
@@ -206,7 +277,7 @@ impl Writer {
         written.map_err(|error| io_error("write", &segment.path, error))?;
         file.sync_data().map_err(|error| io_error("sync", &segment.path, error))?;
         self.set_sync_begun(None);
-        Ok((entries, begun.elapsed()))
+        Ok((entries, begun))
     }
 
     fn set_sync_begun(&self, begun: Option<Instant>) {
@@ -233,14 +304,19 @@ impl Writer {
     }
 
     /// Takes note of a batch that is on disk.
-    fn conclude(&mut self, draft: &Draft, entries: &[FrameEntry], time: Duration) {
+    fn conclude(&mut self, draft: &Draft, entries: &[FrameEntry], begun: Instant) {
+        let time = begun.elapsed();
         for frame in &draft.frames {
             self.words.apply(frame.kind, frame.index, || frame.payload.clone());
         }
         let start = self.position as u32;
+        if draft.binds {
+            self.floor =
+                Floor { sequence: self.sequence, next_index: self.words.next.unwrap_or(0) };
+        }
+        self.sealed = !draft.binds;
         self.sequence += 1;
         self.position += self.buffer.len() as u64;
-        self.sealed = draft.frames.is_empty();
         let records = entries.iter().filter(|entry| entry.kind == Kind::Record);
         let highest = records.clone().map(|entry| entry.index).max();
         let active = self.spans.back_mut().expect("there is always a segment to write to");
@@ -264,13 +340,17 @@ impl Writer {
         state.counters.segment_waits = self.supply.waits();
         state.counters.synced(time);
         drop(state);
-        self.after_batch();
+        self.after_batch(begun);
     }
 
-    /// Looks after segments.
-    fn after_batch(&mut self) {
+    /// Looks after segments and the floor.
+    fn after_batch(&mut self, begun: Instant) {
         self.remove_purged();
         self.supply.keep_pace(self.position, self.active().segment.length);
+        if begun.duration_since(self.noted_at) / NOTE_INTERVAL_FACTOR > self.idle_after {
+            self.noted_at = begun;
+            self.note();
+        }
     }
 
     /// Removes the segments at the front of which every record is purged, on disk.
@@ -356,6 +436,7 @@ impl Draft {
 
     fn push(&mut self, frame: Frame) {
         self.bytes += frame.bytes();
+        self.binds |= frame.kind != Kind::Committed;
         self.frames.push(frame);
     }
 
@@ -392,9 +473,16 @@ impl Drop for LastWill {
     }
 }
 
-fn take_queue(state: &mut State, pending: &mut VecDeque<Operation>) {
+/// Takes all that is queued; returns what there is to do about it.
+fn take_queue(state: &mut State, pending: &mut VecDeque<Operation>) -> Turn {
+    let turn = match state.urgent {
+        _ if state.closing => Turn::Close,
+        0 => Turn::Rest,
+        _ => Turn::Write,
+    };
     state.urgent = 0;
     pending.extend(state.queue.drain(..));
+    turn
 }
 
 #[expect(clippy::disallowed_methods, reason = "measures the disk and decides nothing")]

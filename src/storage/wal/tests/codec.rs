@@ -62,7 +62,7 @@ b1 9e 07 82 76 68 65 61 64 70 61 79 6c 6f 61 64
 #[test]
 fn a_segment_has_these_bytes() {
     let files = FaultyFiles::new();
-    files.create_dir_all(directory()).unwrap();
+    create_dir_durably(&files, directory()).unwrap();
     let preparation = Preparation::begin(&files, directory(), 3, 0x1122_3344, 16384).unwrap();
     let prepared = preparation.finish(&files, directory()).unwrap();
     let content = files.content(&directory().join("0000000003.wal"));

@@ -1,11 +1,21 @@
 //! Rot: flipped bits, cut files, missing files, and what can be known about them.
 
+use super::super::writer::Writer;
 use super::*;
 
 /// A log of several segments with batches of one to four blocks: records `1 ..= RECORDS`.
 const RECORDS: u64 = 40;
 
 fn filled(closed: bool) -> FaultyFiles {
+    let (files, mut writer) = filled_by_hand();
+    if closed {
+        writer.close();
+    }
+    files
+}
+
+/// The same, and who writes it: nothing is sealed and no floor is noted.
+fn filled_by_hand() -> (FaultyFiles, ByHand) {
     let files = FaultyFiles::new();
     let (wal, _, mut writer) =
         Wal::open_by_hand(Arc::new(files.clone()), directory(), small()).unwrap();
@@ -18,11 +28,24 @@ fn filled(closed: bool) -> FaultyFiles {
         );
         assert!(writer.turn());
     }
-    if closed {
-        wal.close();
-        writer.turn();
+    (files, ByHand { wal, writer })
+}
+
+/// A log and its crank. The log closes when its handle goes.
+struct ByHand {
+    wal: Wal,
+    writer: Writer,
+}
+
+impl ByHand {
+    fn idle(&mut self) -> bool {
+        self.writer.idle()
     }
-    files
+
+    fn close(&mut self) {
+        self.wal.close();
+        self.writer.turn();
+    }
 }
 
 /// What a copy of a disk looks like after some damage.
@@ -93,6 +116,94 @@ fn a_flip_in_the_last_batch_of_a_log_that_was_not_closed_is_a_torn_tail() {
     assert_ne!(contents(&copy), before);
     let again = open_with(&copy, RECORDS - 1).unwrap();
     assert_eq!(again, Recovered { repaired_tail: None, ..recovered });
+}
+
+#[test]
+fn a_flip_in_the_last_batch_of_an_idle_log_is_refused() {
+    let (files, mut writer) = filled_by_hand();
+    let last = batches(&files).pop().unwrap();
+    assert!(writer.idle());
+    let seal = batches(&files).pop().unwrap();
+    assert_eq!((seal.header.frames, seal.header.place.sequence), (0, RECORDS + 1));
+    for damage in [0, 70, last.header.bytes() - 1] {
+        let copy = damaged(&files, |files| files.flip(&last.path, last.offset + damage, 1));
+        assert_eq!(refuses(&copy, 0), (last.path.clone(), last.offset));
+    }
+    // The seal itself is worth nothing.
+    let copy = damaged(&files, |files| files.flip(&seal.path, seal.offset, 1));
+    let recovered = open_with(&copy, RECORDS).unwrap();
+    assert_eq!(recovered.last_index, Some(RECORDS));
+    assert_eq!(recovered.repaired_tail.unwrap().offset, seal.offset);
+}
+
+/// Zeros from one batch on, in all segments: what a disk leaves that has lost its newest writes.
+fn lose_from(files: &FaultyFiles, batch: &Found) {
+    for name in segment_names(files) {
+        let path = directory().join(name);
+        let start = match path.cmp(&batch.path) {
+            std::cmp::Ordering::Less => continue,
+            std::cmp::Ordering::Equal => batch.offset,
+            std::cmp::Ordering::Greater => FIRST_BATCH,
+        };
+        let bytes = files.content(&path).len() - start as usize;
+        files.overwrite(&path, start, &vec![0; bytes]);
+    }
+}
+
+#[test]
+fn a_log_whose_newest_part_reads_as_zeros_is_refused() {
+    let (files, mut writer) = filled_by_hand();
+    let all = batches(&files);
+    // Nothing outside of the log knows better yet.
+    let copy = damaged(&files, |files| lose_from(files, &all[20]));
+    assert_eq!(open_with(&copy, 0).unwrap().last_index, Some(20));
+    assert!(writer.idle());
+    for batch in &all {
+        let copy = damaged(&files, |files| lose_from(files, batch));
+        let error = open_with(&copy, 0).unwrap_err().to_string();
+        for part in [format!("record {RECORDS} (batch {RECORDS})"), "was once on disk".into()] {
+            assert!(error.contains(&part), "{part} in {error}");
+        }
+        refuses(&copy, 0);
+    }
+    let copy = damaged(&files, |files| {
+        lose_from(files, &all[20]);
+        files.overwrite(&all[20].path, all[20].offset, b"garbage");
+    });
+    assert_eq!(refuses(&copy, 0), (all[20].path.clone(), all[20].offset));
+}
+
+/// Old notes hold, damaged ones do no harm, and whatever was truncated, purged or replaced by a
+/// snapshot is not missed.
+#[test]
+fn a_floor_rises_with_the_log_and_is_no_obstacle() {
+    let (files, mut writer) = filled_by_hand();
+    let floor = directory().join("floor");
+    assert!(writer.idle());
+    drop(writer);
+    let (wal, _, mut writer) =
+        Wal::open_by_hand(Arc::new(files.clone()), directory(), small()).unwrap();
+    wal.truncate_from(2, promise().0);
+    assert!(writer.turn() && writer.idle());
+    wal.purge_to(RECORDS + 100, blob("a snapshot"), promise().0);
+    assert!(writer.turn() && writer.idle());
+    assert_eq!(open_with(&files.process_kill(), 0).unwrap().first_index, RECORDS + 101);
+    let newest = batches(&files).into_iter().rev().find(|batch| batch.header.frames > 0).unwrap();
+    refuses(&damaged(&files, |files| lose_from(files, &newest)), 0);
+
+    // Of the two notes either may be spoilt; the other one holds.
+    let blocks = [0, BLOCK_BYTES as u64];
+    for block in blocks {
+        let copy = damaged(&files, |files| files.flip(&floor, block + 20, 1));
+        open_with(&copy, 0).unwrap();
+        refuses(&damaged(&copy, |files| lose_from(files, &batches(files)[3])), 0);
+    }
+    let copy = damaged(&files, |files| blocks.iter().for_each(|at| files.flip(&floor, at + 20, 1)));
+    let (wal, _, mut writer) =
+        Wal::open_by_hand(Arc::new(copy.clone()), directory(), small()).unwrap();
+    assert!(writer.idle());
+    drop(wal);
+    refuses(&damaged(&copy, |files| lose_from(files, &newest)), 0);
 }
 
 #[test]

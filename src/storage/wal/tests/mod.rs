@@ -7,8 +7,8 @@ use std::time::Duration;
 use super::batch::{BLOCK_BYTES, HEADER_BYTES, Header};
 use super::segment::{FIRST_BATCH, file_name, number_of};
 use super::*;
-use crate::storage::file::RealFiles;
 use crate::storage::file::faulty::{FaultyFiles, Random};
+use crate::storage::file::{RealFiles, create_dir_durably};
 
 mod codec;
 mod crash;
@@ -25,7 +25,9 @@ fn directory() -> &'static Path {
 }
 
 fn small() -> WalOptions {
-    WalOptions { segment_bytes: 32 * 1024, salt: Some(0x5a17), ..WalOptions::default() }
+    // Whether a log is idle is for each test to say.
+    let idle_after = Duration::from_secs(3600);
+    WalOptions { segment_bytes: 32 * 1024, salt: Some(0x5a17), idle_after, ..WalOptions::default() }
 }
 
 fn record(header: &str, payload: &[u8]) -> WalRecord {
@@ -194,6 +196,34 @@ fn committed_alone_wakes_nobody_and_rides_along() {
     drop(writer);
     let (_, recovered) = open(&files.power_cut(&mut Random(1))).unwrap();
     assert_eq!(recovered.committed, Some(blob("committed 1")));
+}
+
+#[test]
+fn an_idle_log_is_sealed_once_with_all_that_it_knows() {
+    let files = FaultyFiles::new();
+    let open = |files: &FaultyFiles| {
+        Wal::open_by_hand(Arc::new(files.clone()), directory(), small()).unwrap()
+    };
+    let (wal, _, mut writer) = open(&files);
+    let untouched = files.operations();
+    assert!(writer.idle());
+    assert_eq!(files.operations(), untouched, "there is nothing to prove in an empty log");
+    wal.append(1, vec![numbered(1, 10)], promise().0);
+    assert!(writer.turn());
+    wal.save_committed(1, blob("committed 1"));
+    assert!(writer.idle());
+    let sealed = files.operations();
+    assert!(writer.idle());
+    assert_eq!(files.operations(), sealed, "once is enough");
+    assert_eq!(batches(&files).len(), 2);
+    let files = files.power_cut(&mut Random(1));
+    let (wal, recovered, mut writer) = open(&files);
+    assert_eq!(recovered.committed, Some(blob("committed 1")));
+    let opened = files.operations();
+    assert!(writer.idle());
+    wal.close();
+    writer.turn();
+    assert_eq!(files.operations(), opened, "what was found sealed stays so");
 }
 
 #[test]

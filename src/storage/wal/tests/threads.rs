@@ -2,6 +2,7 @@
 
 use std::thread;
 
+use super::super::floor::Notebook;
 use super::*;
 
 /// Removes records, votes and purges while others read; nothing that is read may be wrong.
@@ -159,6 +160,44 @@ fn a_segment_in_preparation_is_no_log() {
     drop(wal);
     std::fs::remove_file(directory.path().join(file_name(1))).unwrap();
     assert!(unfinished.exists() && !is_present(directory.path()));
+}
+
+/// A log that nobody closes: what its last batch says is proven once it has been idle, and noted.
+#[test]
+fn a_log_that_comes_to_rest_is_sealed_and_its_floor_is_noted() {
+    let files = FaultyFiles::new();
+    let options = WalOptions { idle_after: Duration::from_millis(5), ..small() };
+    let (wal, _) = Wal::open(Arc::new(files.clone()), directory(), options).unwrap();
+    for index in 1..=3 {
+        append(&wal, index, vec![numbered(index, 100)]).unwrap();
+        let is_sealed = || batches(&files).last().is_some_and(|last| last.header.frames == 0);
+        wait_until("the log is sealed", is_sealed);
+        let acknowledged = batches(&files).pop().unwrap().header.place.sequence - 1;
+        let is_noted = || Notebook::open(&files, directory()).unwrap().1.sequence == acknowledged;
+        wait_until("the floor is noted", is_noted);
+    }
+    // As often as there was something to prove.
+    assert_eq!(wal.statistics().syncs, 6);
+}
+
+/// Without a pause the floor is noted as well, once in a while.
+#[test]
+fn a_log_that_is_never_idle_notes_its_floor() {
+    let files = FaultyFiles::new();
+    let options = WalOptions { idle_after: Duration::from_millis(1), ..small() };
+    let (wal, _, mut writer) =
+        Wal::open_by_hand(Arc::new(files.clone()), directory(), options).unwrap();
+    let mut index = 0;
+    let noted = || Notebook::open(&files, directory()).unwrap().1;
+    wait_until("the floor is noted", || {
+        index += 1;
+        wal.append(index, vec![numbered(index, 10)], promise().0);
+        assert!(writer.turn());
+        noted().sequence > 0
+    });
+    assert!(batches(&files).iter().all(|batch| batch.header.frames > 0), "nothing is sealed");
+    let sealed_at = noted();
+    assert_eq!((sealed_at.sequence, sealed_at.next_index), (index, index + 1));
 }
 
 #[test]
