@@ -85,7 +85,8 @@
 //!
 //! A start takes the newer of checkpoint and snapshot and lets openraft apply the log behind it
 //! again (`raft::recovery`). Checkpoint and snapshot can be lost and rebuilt while the log reaches
-//! back far enough; the log cannot, so a node whose log is damaged refuses to start.
+//! back far enough; the log cannot, so a node whose log is damaged refuses to start. Nobody but the
+//! node's user may read any of it.
 //!
 //! # Time
 //!

@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::sync::mpsc as results;
 use std::time::Duration;
 
-use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
+use rustix::fs::Mode;
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit, umask};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
@@ -77,6 +78,8 @@ pub(super) fn run(nodes: Vec<ServeOptions>, logging: &Logging, ready: impl FnOnc
         return ExitCode::FAILURE;
     }
     raise_file_limit();
+    // What a node writes by itself it closes to others by itself. sled's files need this.
+    umask(Mode::RWXG | Mode::RWXO);
     let (stop, stopping) = watch::channel(false);
     let mut waiting = nodes.len();
     let mut running = nodes.len();

@@ -10,17 +10,27 @@
 //! A directory is taken into use only if it is empty or has an identity of ours, so that a typing
 //! error in a path neither mixes with foreign files nor makes a node that has lost its disk look
 //! like a new one. A directory that has our log but no identity is refused for that reason too.
+//!
+//! Files hold the values of sessions, so nobody but the node's user may read them: directories are
+//! made with permissions 0700 and files with 0600, and what is there with others is mended at each
+//! start. A directory that belongs to somebody else and is open to others, as a volume may that a
+//! Kubernetes `fsGroup` was set for, cannot be mended; a new node then keeps everything in a
+//! directory `quorate` within, which can, and which is found again at the next start.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
 use std::io;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::durable::{partial_path, sync_directory, write_file};
+use super::durable::{DIRECTORY_MODE, FILE_MODE, partial_path, write_file};
 use super::envelope::{self, EnvelopeError, Magic};
+use super::file::{RealFiles, create_dir_durably};
+use super::outside::explain;
 
 const MAGIC: Magic = *b"QRIDENTY";
 const VERSION: u8 = 1;
@@ -32,6 +42,10 @@ const SNAPSHOTS: &str = "snapshots";
 const TIME: &str = "time";
 /// What a freshly made file system holds.
 const LOST_AND_FOUND: &str = "lost+found";
+/// Where everything is in a directory that is not ours to close to others.
+const INNER: &str = "quorate";
+/// What a group and others may do.
+const OTHERS: u32 = 0o077;
 
 /// Why a data directory cannot be used.
 #[derive(Debug, Error)]
@@ -62,7 +76,7 @@ pub enum DirectoryError {
         source: EnvelopeError,
     },
     /// It cannot be created, read or written.
-    #[error("cannot {action} in data directory {path}: {source}")]
+    #[error("cannot {action} in data directory {path}: {}", explain(source))]
     Io {
         /// What was being done.
         action: &'static str,
@@ -128,24 +142,23 @@ impl Drop for Lock {
 }
 
 impl DataDirectory {
-    /// Takes the directory into use, and creates it if need be. A new one gets `incarnation`, a
-    /// fresh random number, as the incarnation of its life; one that has an identity keeps its
-    /// own.
+    /// Takes the directory, or the one within that is closed to others, into use, and creates it if
+    /// need be. A new one gets `incarnation`, a fresh random number, as the incarnation of its
+    /// life; one that has an identity keeps its own.
     ///
     /// # Errors
     /// See [`DirectoryError`]. Nothing is written into a directory that is refused as foreign.
     pub fn open(path: &Path, incarnation: u64) -> Result<Self, DirectoryError> {
+        Self::open_as(path, incarnation, &close_to_others)
+    }
+
+    fn open_as(path: &Path, incarnation: u64, close: &Close) -> Result<Self, DirectoryError> {
+        create_dir_durably(&RealFiles, path).map_err(|source| io_error("create", path, source))?;
+        let path = &closed(path, close)?;
         let failed = |action| move |source| io_error(action, path, source);
-        let existed = path.is_dir();
-        fs::create_dir_all(path).map_err(failed("create"))?;
-        if !existed {
-            let path = path.canonicalize().map_err(failed("create"))?;
-            path.parent().map_or(Ok(()), sync_directory).map_err(failed("create"))?;
-        }
-        refuse_foreign(path)?;
         let lock = lock(path)?;
         // What was there before the lock was taken may have changed while another held it.
-        refuse_foreign(path)?;
+        refuse_foreign(path, None)?;
         let identity = match read_identity(path)? {
             Some(identity) => identity,
             None => {
@@ -155,9 +168,10 @@ impl DataDirectory {
             }
         };
         for directory in [WAL, SLED, SNAPSHOTS] {
-            fs::create_dir_all(path.join(directory)).map_err(failed("create directories"))?;
+            create_dir_durably(&RealFiles, &path.join(directory))
+                .map_err(failed("create directories"))?;
         }
-        sync_directory(path).map_err(failed("create directories"))?;
+        close_all(path, close).map_err(failed("set permissions"))?;
         Ok(Self { path: path.to_owned(), identity, _lock: lock })
     }
 
@@ -215,7 +229,9 @@ fn io_error(action: &'static str, path: &Path, source: io::Error) -> DirectoryEr
 }
 
 fn lock(path: &Path) -> Result<Lock, DirectoryError> {
-    let file = OpenOptions::new().write(true).create(true).truncate(false).open(path.join(LOCK));
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(FILE_MODE);
+    let file = options.open(path.join(LOCK));
     let file = file.map_err(|source| io_error("write", path, source))?;
     match file.try_lock() {
         Ok(()) => Ok(Lock(file)),
@@ -226,9 +242,98 @@ fn lock(path: &Path) -> Result<Lock, DirectoryError> {
     }
 }
 
+/// Takes away what group and others may do with a file or directory. False if it is not ours to
+/// change.
+type Close = dyn Fn(&Path) -> io::Result<bool>;
+
+fn close_to_others(path: &Path) -> io::Result<bool> {
+    let metadata = fs::metadata(path)?;
+    if metadata.permissions().mode() & OTHERS == 0 {
+        return Ok(true);
+    }
+    let mode = if metadata.is_dir() { DIRECTORY_MODE } else { FILE_MODE };
+    match fs::set_permissions(path, Permissions::from_mode(mode)) {
+        Ok(()) => Ok(true),
+        Err(error) if is_not_ours(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether permissions stay as they are because the owner, or the file system, says so.
+fn is_not_ours(error: &io::Error) -> bool {
+    use io::ErrorKind::{PermissionDenied, Unsupported};
+    matches!(error.kind(), PermissionDenied | Unsupported)
+}
+
+/// The directory to work in, closed to others if that can be: the one given, or the one within.
+/// Foreign ones are refused before anything about them is changed.
+fn closed(path: &Path, close: &Close) -> Result<PathBuf, DirectoryError> {
+    let failed = |source| io_error("set permissions", path, source);
+    let inner = path.join(INNER);
+    let (is_in_use, has_inner) = (path.join(IDENTITY).is_file(), inner.is_dir());
+    if !inner.join(IDENTITY).is_file() {
+        refuse_foreign(path, Some(INNER).filter(|_| has_inner))?;
+    }
+    if (is_in_use || !has_inner) && close(path).map_err(failed)? {
+        return Ok(path.to_owned());
+    }
+    let data_dir = path.display();
+    if is_in_use {
+        tracing::warn!(
+            %data_dir,
+            "the data directory is not this user's to close to others; what is in it is closed"
+        );
+        return Ok(path.to_owned());
+    }
+    create_dir_durably(&RealFiles, &inner).map_err(|source| io_error("create", &inner, source))?;
+    refuse_foreign(&inner, None)?;
+    let kept_in = inner.display();
+    if close(&inner).map_err(failed)? {
+        tracing::warn!(
+            %data_dir, %kept_in,
+            "the data directory is not this user's to close to others; all is kept in one that is"
+        );
+    } else {
+        tracing::warn!(
+            %data_dir, %kept_in,
+            "the data directory cannot be closed to others, who may read the values of sessions"
+        );
+    }
+    Ok(inner)
+}
+
+/// Closes to others whatever an earlier version, an administrator or a volume's driver left open.
+fn close_all(root: &Path, close: &Close) -> io::Result<()> {
+    let mut open = Vec::new();
+    let mut directories = vec![root.to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory)? {
+            let entry = entry?;
+            let (path, name) = (entry.path(), entry.file_name());
+            // Those three may be links to another disk. No other link is followed.
+            let is_known =
+                directory == root && [WAL, SLED, SNAPSHOTS].map(OsStr::new).contains(&&*name);
+            if name == LOST_AND_FOUND || (entry.file_type()?.is_symlink() && !is_known) {
+                continue;
+            }
+            if !close(&path)? {
+                open.push(path.clone());
+            }
+            if path.is_dir() {
+                directories.push(path);
+            }
+        }
+    }
+    if let Some(first) = open.first() {
+        let (first, count) = (first.display(), open.len());
+        tracing::warn!(count, %first, "files of another user cannot be closed to others");
+    }
+    Ok(())
+}
+
 /// Without an identity there may be nothing but what a first start leaves when it is cut off
-/// before it has saved one.
-fn refuse_foreign(path: &Path) -> Result<(), DirectoryError> {
+/// before it has saved one, and an entry that is known to be ours.
+fn refuse_foreign(path: &Path, known: Option<&str>) -> Result<(), DirectoryError> {
     let failed = |source| io_error("list files", path, source);
     let partial = partial_path(Path::new(IDENTITY));
     let mut foreign = None;
@@ -237,7 +342,8 @@ fn refuse_foreign(path: &Path) -> Result<(), DirectoryError> {
         if name == IDENTITY {
             return Ok(());
         }
-        if name != LOCK && name != LOST_AND_FOUND && name != partial.as_os_str() {
+        let is_known = known.is_some_and(|known| name == known);
+        if name != LOCK && name != LOST_AND_FOUND && name != partial.as_os_str() && !is_known {
             foreign = Some(name);
         }
     }
@@ -333,6 +439,116 @@ mod tests {
         fs::remove_file(own.path().join(IDENTITY)).unwrap();
         let error = DataDirectory::open(own.path(), 1).unwrap_err();
         assert!(matches!(error, DirectoryError::Foreign { .. }), "{error}");
+    }
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o7777
+    }
+
+    fn set_mode(path: &Path, mode: u32) {
+        fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    }
+
+    /// Everything in a directory, and that itself, with permissions.
+    fn modes(path: &Path) -> Vec<(PathBuf, u32)> {
+        let mut found = vec![(path.to_owned(), mode(path))];
+        if path.is_dir() {
+            fs::read_dir(path)
+                .unwrap()
+                .for_each(|entry| found.extend(modes(&entry.unwrap().path())));
+        }
+        found
+    }
+
+    #[test]
+    fn nobody_else_may_read_what_a_node_keeps() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("deep/data");
+        drop(DataDirectory::open(&path, 77).unwrap());
+        assert_eq!(mode(&parent.path().join("deep")), 0o700);
+        // As an earlier version, under the usual umask, would have made them.
+        for name in ["wal/1.wal", "sled/blobs/1", "sled.broken-1/db", "snapshots/1.damaged"] {
+            fs::create_dir_all(path.join(name).parent().unwrap()).unwrap();
+            fs::write(path.join(name), "").unwrap();
+        }
+        for (path, _) in modes(&path) {
+            set_mode(&path, if path.is_dir() { 0o2775 } else { 0o664 });
+        }
+        let linked = parent.path().join("linked");
+        fs::write(&linked, "").unwrap();
+        set_mode(&linked, 0o644);
+        std::os::unix::fs::symlink(&linked, path.join("wal/link")).unwrap();
+        drop(DataDirectory::open(&path, 78).unwrap());
+        assert_eq!(mode(&linked), 0o644, "a link leads elsewhere");
+        fs::remove_file(path.join("wal/link")).unwrap();
+        let found = modes(&path);
+        assert_eq!(found.len(), 12, "{found:?}");
+        for (path, mode) in found {
+            let expected = if path.is_dir() { 0o700 } else { 0o600 };
+            assert_eq!(mode & !0o2000, expected, "{} has {mode:o}", path.display());
+        }
+    }
+
+    /// Another user's directory, as the permissions of root would hide it.
+    fn not_ours(foreign: &Path) -> Box<Close> {
+        let foreign = foreign.to_owned();
+        Box::new(move |path| if path == foreign { Ok(false) } else { close_to_others(path) })
+    }
+
+    #[test]
+    fn in_a_directory_of_another_user_all_is_kept_in_one_that_is_ours() {
+        let parent = tempfile::tempdir().unwrap();
+        let (path, inner) = (parent.path(), parent.path().join(INNER));
+        fs::create_dir(path.join(LOST_AND_FOUND)).unwrap();
+        set_mode(path, 0o2775);
+        let mut directory = DataDirectory::open_as(path, 77, &not_ours(path)).unwrap();
+        assert_eq!((directory.path(), mode(path)), (&*inner, 0o2775));
+        assert_eq!(mode(&inner) & OTHERS, 0);
+        directory.save_identity(member()).unwrap();
+        let locked = DataDirectory::open(path, 78);
+        assert!(matches!(locked, Err(DirectoryError::Locked { .. })), "{locked:?}");
+        drop(directory);
+        // Found again, whosever the outer one is by then, and mended.
+        set_mode(&inner, 0o2770);
+        for close in [&*not_ours(path), &close_to_others] {
+            let directory = DataDirectory::open_as(path, 79, close).unwrap();
+            assert_eq!((directory.path(), directory.identity()), (&*inner, &member()));
+            assert_eq!(mode(&inner) & OTHERS, 0);
+        }
+        fs::write(path.join("README"), "").unwrap();
+        drop(DataDirectory::open(path, 80).unwrap());
+        fs::remove_file(path.join("README")).unwrap();
+        // But one that has no identity is foreign, as the outer one is.
+        for foreign in [path.join("thesis.tex"), inner.join("thesis.tex")] {
+            fs::write(&foreign, "").unwrap();
+            fs::rename(inner.join(IDENTITY), parent.path().join("lost+found/kept")).unwrap();
+            let error = DataDirectory::open(path, 80).unwrap_err();
+            assert!(matches!(error, DirectoryError::Foreign { .. }), "{error}");
+            fs::rename(parent.path().join("lost+found/kept"), inner.join(IDENTITY)).unwrap();
+            fs::remove_file(foreign).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_is_in_use_stays_where_it_is() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path();
+        drop(DataDirectory::open(path, 77).unwrap());
+        set_mode(path, 0o2775);
+        set_mode(&path.join(WAL), 0o2775);
+        let directory = DataDirectory::open_as(path, 78, &not_ours(path)).unwrap();
+        assert_eq!((directory.path(), directory.identity().incarnation()), (path, 77));
+        assert_eq!((mode(path), mode(&path.join(WAL)) & OTHERS), (0o2775, 0));
+        assert!(!path.join(INNER).exists());
+    }
+
+    #[test]
+    fn a_foreign_directory_keeps_its_permissions() {
+        let parent = tempfile::tempdir().unwrap();
+        fs::write(parent.path().join("thesis.tex"), "").unwrap();
+        set_mode(parent.path(), 0o755);
+        DataDirectory::open(parent.path(), 1).unwrap_err();
+        assert_eq!(mode(parent.path()), 0o755);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! A leaked disk is not a leaked login, and neither is a leaked trace.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
@@ -56,6 +57,45 @@ async fn no_session_id_is_on_any_disk_or_in_any_trace() {
         }
     }
     assert!(looked_at > 1_000_000, "only {looked_at} bytes were looked at");
+}
+
+/// What others than the owner may open, with its permissions.
+fn open_to_others(data: &Path) -> Vec<String> {
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
+    let inside = all_files(data).into_iter().flat_map(|file| {
+        let above = file.ancestors().take_while(|path| *path != data).map(Path::to_owned);
+        above.collect::<Vec<_>>()
+    });
+    let all = inside.chain([data.to_owned()]);
+    let open = all.filter(|path| mode(path) & 0o077 != 0);
+    open.map(|path| format!("{} {:o}", path.display(), mode(&path))).collect()
+}
+
+#[tokio::test]
+async fn nobody_else_may_read_what_a_node_keeps() {
+    let mut cluster = Cluster::start("permissions").await;
+    let sessions = cluster.client().sessions();
+    let value = vec![b'v'; 2_000];
+    sessions.create(NewSession::new().attribute("a", value)).await.unwrap();
+    let digest = cluster.agree().await;
+    let id = cluster.random.within(1..4);
+    let data = cluster.data(id).to_owned();
+    for _ in 0..2 {
+        // While it runs, and with the checkpoint that it makes when it stops.
+        assert_eq!(open_to_others(&data), Vec::<String>::new());
+        assert_eq!(cluster.stop(id).await.code(), Some(0));
+        assert_eq!(open_to_others(&data), Vec::<String>::new());
+        // As a version that did not care left them.
+        for file in all_files(&data) {
+            fs::set_permissions(&file, Permissions::from_mode(0o644)).unwrap();
+        }
+        for directory in ["", "wal", "sled", "sled/blobs", "snapshots"] {
+            fs::set_permissions(data.join(directory), Permissions::from_mode(0o755)).unwrap();
+        }
+        cluster.spawn(id);
+        cluster.serving(id).await;
+    }
+    assert_eq!(cluster.agree().await, digest);
 }
 
 /// An id as it is presented, and the bytes that it stands for.
