@@ -168,6 +168,26 @@ impl LogStore {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Refuses to drop what is committed. A leader that asks for it leads with a log that lacks
+    /// committed entries, which no vote can bring about: a disk, or an old copy of one, must have.
+    fn check_contradiction(&self, next_index: u64) -> io::Result<()> {
+        let shared = self.lock();
+        let Some(final_id) = shared.committed.max(shared.purged) else { return Ok(()) };
+        if next_index > final_id.index {
+            return Ok(());
+        }
+        let last = shared.last.map_or(final_id.index, |last| last.index);
+        Err(io::Error::other(format!(
+            "the leader's log contradicts what is committed: it has other entries from \
+             {next_index} on, and here those up to {} are committed and were acknowledged. A node \
+             that had them, most likely the leader, has lost the newest part of its log, by a disk \
+             that failed or an old copy of its data directory. Stop all nodes before more is \
+             overwritten, and keep this node's data directory, which has the entries up to {last}; \
+             README says how to go on under \"Logs that contradict each other\"",
+            final_id.index,
+        )))
+    }
+
     fn read(&self, from: u64, until: u64, bytes_max: usize) -> io::Result<Read> {
         let records = match self.wal.read(from..until, bytes_max) {
             Ok(records) => records,
@@ -331,8 +351,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
-        // Nothing that is truncated was ever committed, so nobody waits for it.
         let next_index = last.map_or(0, |last| last.index + 1);
+        self.check_contradiction(next_index)?;
+        // Nothing that is truncated was ever committed, so nobody waits for it.
         let durable = self.durable.clone();
         let epoch = durable.truncate(next_index);
         let done = Box::new(move |result: Result<(), WalError>| match result {
@@ -365,5 +386,45 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             shared.last = Some(upto);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::raft::types::{EntryPayload, log_id};
+    use crate::storage::file::RealFiles;
+    use crate::storage::wal::WalOptions;
+
+    /// What a leader that has lost committed entries asks of a node that has them.
+    #[tokio::test]
+    async fn what_is_committed_is_not_dropped_and_the_refusal_says_what_it_means() {
+        let directory = tempfile::tempdir().unwrap();
+        let open = || Wal::open(Arc::new(RealFiles), directory.path(), WalOptions::default());
+        let (wal, recovered) = open().unwrap();
+        let mut log = LogStore::new(wal.clone(), &recovered).unwrap();
+        let entry = |index| Entry { log_id: log_id(1, index), payload: EntryPayload::Blank };
+        log.append((0..=202).map(entry), IOFlushed::noop()).await.unwrap();
+        log.save_committed(Some(log_id(1, 199))).await.unwrap();
+        log.purge(log_id(1, 3)).await.unwrap();
+        for last in [Some(log_id(1, 198)), Some(log_id(1, 101)), Some(log_id(1, 2)), None] {
+            let error = log.truncate_after(last).await.unwrap_err().to_string();
+            let from = last.map_or(0, |last| last.index + 1);
+            for part in [
+                "contradicts what is committed",
+                &format!("other entries from {from} on"),
+                "up to 199 are committed",
+                "Stop all nodes",
+                "entries up to 202",
+                "Logs that contradict each other",
+            ] {
+                assert!(error.contains(part), "{part} in {error}");
+            }
+        }
+        assert_eq!(log.get_log_state().await.unwrap().last_log_id, Some(log_id(1, 202)));
+        assert!(log.durable().wait(203), "the log goes on");
+        log.truncate_after(Some(log_id(1, 199))).await.unwrap();
+        assert_eq!(log.get_log_state().await.unwrap().last_log_id, Some(log_id(1, 199)));
+        wal.close();
     }
 }
