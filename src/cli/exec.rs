@@ -7,7 +7,8 @@
 //! In the foreground of a terminal the command shares this process's group, as with any command of
 //! a shell: the terminal's own signals reach all of it, and only the command itself is sent others.
 //! Elsewhere it has a group of its own, and what it has started, if that has stayed in the group,
-//! gets what it gets. What goes on after a command that has ended by itself is left alone.
+//! gets what it gets. What goes on after a command that has ended by itself is left alone. As
+//! process 1 of a container this one buries those that have lost their parents (`child`).
 //!
 //! Caveats: a stop (SIGTSTP, SIGSTOP) is not passed on; and should this process be killed with
 //! SIGKILL, nobody is left to tell the command. What must not go wrong even then demands the
@@ -16,16 +17,16 @@
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::AsFd as _;
-use std::os::unix::process::ExitStatusExt as _;
-use std::process::{ExitCode, ExitStatus};
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::process::{Command, ExitCode, ExitStatus};
 use std::time::Duration;
 
 use clap::Args;
-use rustix::process::{Pid, Signal, kill_process, kill_process_group, test_kill_process_group};
-use tokio::process::{Child, Command};
+use rustix::process::{Signal, kill_process, kill_process_group, test_kill_process_group};
 use tokio::time::Instant;
 
 use super::argument;
+use super::child::Child;
 use super::failure::Failure;
 use super::lock::ModeArguments;
 use super::logging::LineQueue;
@@ -255,7 +256,6 @@ fn grace(ttl: Duration) -> Duration {
 /// A command that runs.
 struct Running {
     child: Child,
-    pid: Option<Pid>,
     /// Whether it has a process group of its own, and all of that is signalled.
     has_group: bool,
 }
@@ -268,16 +268,13 @@ impl Running {
         command
             .args(rest)
             .env("QUORATE_FENCING_TOKEN", guard.token().to_string())
-            .env("QUORATE_LOCK", guard.name())
-            .kill_on_drop(true);
+            .env("QUORATE_LOCK", guard.name());
         if has_group {
             command.process_group(0);
         }
-        let spawned = command.spawn();
-        let child = spawned
-            .map_err(|error| (output::printable(&program.to_string_lossy()).to_owned(), error))?;
-        let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
-        Ok(Self { child, pid, has_group })
+        let child = Child::spawn(&mut command)
+            .map_err(|error| (output::printable(&program.to_string_lossy()), error))?;
+        Ok(Self { child, has_group })
     }
 
     /// Sends it a signal that this process has got, unless it has got that itself: a terminal sends
@@ -291,12 +288,12 @@ impl Running {
     }
 
     fn send(&self, signal: Signal) {
-        let Some(pid) = self.pid else { return };
+        let pid = self.child.pid();
         if self.has_group && kill_process_group(pid, signal).is_ok() {
             return;
         }
         // It has not been waited for, so the number is its own, even if it has ended.
-        if self.child.id().is_some() {
+        if self.child.is_running() {
             let _ = kill_process(pid, signal);
         }
     }
@@ -308,12 +305,14 @@ impl Running {
         let Ok(ended) = tokio::time::timeout_at(deadline, self.child.wait()).await else {
             messages.say("quorate: the command goes on; killing it");
             self.send(Signal::KILL);
-            // It may have ended this instant, or have left its group.
-            let _ = self.child.start_kill();
+            // It may have left its group.
+            self.child.kill();
             return Ok(self.child.wait().await?);
         };
         while self.has_rest() && Instant::now() < deadline {
             tokio::time::sleep(GROUP_CHECK).await;
+            // Who has ended is in the group until he was asked for.
+            self.child.ask()?;
         }
         if self.has_rest() {
             messages.say("quorate: what the command has started goes on; killing it");
@@ -324,14 +323,16 @@ impl Running {
 
     /// Whether anything of its group is there. Nobody else gets the group's number while it is.
     fn has_rest(&self) -> bool {
-        self.has_group && self.pid.is_some_and(|pid| test_kill_process_group(pid).is_ok())
+        self.has_group && test_kill_process_group(self.child.pid()).is_ok()
     }
 }
 
 /// Whether this process is in the foreground of the terminal that is its standard input.
 fn is_in_foreground() -> bool {
-    let foreground = rustix::termios::tcgetpgrp(io::stdin()).ok();
-    foreground == Some(rustix::process::getpgrp())
+    // Asked in this order: the first process of a namespace may be of a group without a number
+    // there, which may be asked for no more than a terminal that is none.
+    let Ok(foreground) = rustix::termios::tcgetpgrp(io::stdin()) else { return false };
+    foreground == rustix::process::getpgrp()
 }
 
 /// The command's own code, or as a shell says it when a signal ended it.

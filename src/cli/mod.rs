@@ -8,6 +8,7 @@ mod argument;
 mod bench;
 mod bench_expiry;
 mod bench_lease;
+mod child;
 mod cluster;
 mod contender;
 mod exec;

@@ -1,12 +1,13 @@
 //! Leases and locks as scripts use them: what a command under a lock sees, and when it is stopped.
 
+use std::ffi::OsStr;
 use std::time::Duration;
 
 use quorate::client::{Error, LeaseOptions, Locks};
 use serde_json::Value;
 use tokio::task::JoinSet;
 
-use crate::cluster::{Cluster, Output, ended, eventually};
+use crate::cluster::{Cluster, Output, ended, eventually, quorate};
 use crate::random::size;
 
 const SH: &str = "/bin/sh";
@@ -63,6 +64,50 @@ async fn a_command_runs_under_a_lock_and_has_its_token() {
         assert_eq!(show(&cluster, "job").await, None);
     }
     assert_eq!(cluster.cli(&["lease", "list"]).await.stdout.lines().count(), 1);
+}
+
+/// Runs the binary as process 1 of a namespace of its own; `None` where that is not allowed.
+async fn as_first_process(words: Vec<String>) -> Option<Output> {
+    for how in ["-pf", "-Urpf"] {
+        let unshare = |program: &OsStr, words: &[String]| {
+            let mut command = tokio::process::Command::new("unshare");
+            command.args([how, "--mount-proc"]).arg(program).args(words).kill_on_drop(true);
+            command
+        };
+        if unshare(OsStr::new("true"), &[]).output().await.is_ok_and(|it| it.status.success()) {
+            let running = unshare(quorate().get_program(), &words).output().await.unwrap();
+            return Some(Output {
+                code: running.status.code().unwrap_or(-1),
+                stdout: String::from_utf8(running.stdout).unwrap(),
+                stderr: String::from_utf8(running.stderr).unwrap(),
+            });
+        }
+    }
+    None
+}
+
+#[tokio::test]
+async fn as_the_first_process_it_leaves_no_zombies() {
+    let cluster = Cluster::start("lock init").await;
+    // Those that write their numbers have lost their parent by then or soon after, and have ended
+    // once all numbers have been read.
+    let script = "numbers=$( (for k in 1 2 3 4 5; do sh -c 'echo $$' & done) ); tries=0; \
+                  while [ $tries -lt 600 ]; do \
+                  left=0; for n in $numbers; do if [ -e /proc/$n ]; then left=1; fi; done; \
+                  if [ $left = 0 ]; then echo $$ $numbers; exit 7; fi; \
+                  tries=$((tries + 1)); sleep 0.05; done; exit 9";
+    let endpoints = format!("--endpoints={}", cluster.addresses().join(","));
+    let words = [&*endpoints, "lock", "exec", "job", "--", SH, "-c", script];
+    let running = as_first_process(words.map(str::to_owned).to_vec());
+    let ended = tokio::time::timeout(Duration::from_secs(60), running).await.unwrap();
+    let Some(ended) = ended else {
+        println!("not tried: no namespaces of processes here");
+        return;
+    };
+    // Its own end is that of the command.
+    assert_eq!((ended.code, &*ended.stderr), (7, ""), "{ended:?}");
+    assert_eq!(ended.stdout.split_whitespace().count(), 6, "{ended:?}");
+    assert_eq!(show(&cluster, "job").await, None, "it was given back");
 }
 
 #[tokio::test]
