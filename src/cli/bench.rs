@@ -1,9 +1,9 @@
 //! `quorate bench`: a closed loop of callers, and what they saw.
 //!
 //! Each caller sends a request, waits for its outcome and sends the next, so the latencies are
-//! those of a cluster under this load and not of one that falls behind an arrival rate.
+//! those of a cluster under this load and not of one that falls behind an arrival rate. What a
+//! closed loop would hide, an outage, `ledger` makes visible.
 
-use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
 use std::time::Duration;
 
@@ -19,7 +19,8 @@ use super::bench_expiry;
 use super::bench_lease;
 use super::contender;
 use super::failure::Failure;
-use super::load::{Load, Phase, Population, Tally};
+use super::ledger::Tally;
+use super::load::{Load, Population};
 use super::output::{self, Table, count, length};
 use crate::client::{Client, ClientBuilder, Transport};
 
@@ -149,10 +150,10 @@ pub(crate) async fn run(arguments: BenchArguments, common: &Common) -> Result<()
         let BenchArguments { leases, ttl, duration, .. } = arguments;
         return bench_expiry::run(&client, load, leases, ttl, duration, common).await;
     }
-    let elapsed = measure(&load, &arguments).await;
+    measure(&load, &arguments).await;
     let tally = load.finish().await;
     contender::end(contenders).await;
-    report(&tally, elapsed, &arguments, connections, common)
+    report(&tally, &arguments, connections, common)
 }
 
 async fn prepare(client: &Client, population: &Population) -> Result<(), Failure> {
@@ -163,34 +164,32 @@ async fn prepare(client: &Client, population: &Population) -> Result<(), Failure
     result
 }
 
-/// Warms up, then lets the callers be measured for as long as asked; returns how long that was.
-async fn measure(load: &Load, arguments: &BenchArguments) -> Duration {
+/// Warms up, then lets the callers be measured for as long as asked.
+async fn measure(load: &Load, arguments: &BenchArguments) {
     let bar = progress_bar(None);
     bar.set_message("warming up");
     tokio::time::sleep(WARM_UP).await;
-    load.enter(Phase::Measure);
+    load.measure();
     let start = Instant::now();
     let end = start + arguments.duration;
     let mut second = Second { start, operations: 0, errors: 0 };
     loop {
         let now = Instant::now();
-        let progress = load.progress();
+        let (operations, errors) = load.progress();
         if now >= end {
             break;
         }
         let elapsed = (now - start).as_secs_f64().max(0.001);
-        let rate = (progress.operations as f64 / elapsed) as u64;
-        bar.set_message(format!("{}/s, {} errors", count(rate), count(progress.errors)));
+        let rate = (operations as f64 / elapsed) as u64;
+        bar.set_message(format!("{}/s, {} errors", count(rate), count(errors)));
         if arguments.timeline && now >= second.start + Duration::from_secs(1) {
-            let line = second.advance(now, start, progress.operations, progress.errors);
+            let line = second.advance(now, start, operations, errors);
             bar.suspend(|| output::message(&line));
         }
         tokio::time::sleep_until(end.min(now + TICK)).await;
     }
-    load.enter(Phase::Stop);
-    let elapsed = start.elapsed();
+    load.stop();
     bar.finish_and_clear();
-    elapsed
 }
 
 /// Where the current line of the timeline began.
@@ -231,16 +230,13 @@ fn progress_bar(total: Option<u64>) -> ProgressBar {
 
 fn report(
     tally: &Tally,
-    elapsed: Duration,
     arguments: &BenchArguments,
     connections: usize,
     common: &Common,
 ) -> Result<(), Failure> {
-    let seconds = elapsed.as_secs_f64().max(f64::EPSILON);
-    let rate = tally.latencies.len() as f64 / seconds;
+    let rate = tally.rate();
     let quantiles = Quantiles::of(&tally.latencies);
     let transport = if arguments.unary { "unary" } else { "pipeline" };
-    let errors: BTreeMap<&str, u64> = tally.errors.iter().map(|(k, v)| (*k, *v)).collect();
     let mut table = Table::plain();
     let mut work = format!(
         "{} over {transport}, {} callers, {connections} connections",
@@ -252,7 +248,7 @@ fn report(
         work.push_str(&format!(", {} sessions, {} B values", count(sessions), count(bytes)));
     }
     table.row(["work".to_owned(), work]);
-    let done = count(tally.latencies.len());
+    let (done, elapsed) = (count(tally.operations), tally.length);
     table.row([
         "rate".to_owned(),
         format!("{} operations/s ({done} in {})", count(rate as u64), length(elapsed)),
@@ -260,12 +256,14 @@ fn report(
     for (name, value) in quantiles.named() {
         table.row([name.to_owned(), format!("{} µs", count(value))]);
     }
-    for (kind, number) in &errors {
+    table.row(["longest stall".to_owned(), micros_text(tally.stall)]);
+    for (kind, number) in &tally.errors {
         table.row([format!("errors: {kind}"), count(*number)]);
     }
-    if errors.is_empty() {
+    if tally.errors.is_empty() {
         table.row(["errors", "none"]);
     }
+    table.row(["unfinished".to_owned(), tally.unfinished_text()]);
     let json = json!({
         "work": arguments.work.name(),
         "transport": transport,
@@ -274,17 +272,21 @@ fn report(
         "sessions": arguments.sessions,
         "value_size": arguments.value_size,
         "duration": output::length_json(Some(elapsed)),
-        "operations": tally.latencies.len(),
+        "operations": tally.operations,
         "operations_per_second": (rate * 10.0).round() / 10.0,
         "latency_us": quantiles.json(),
-        "errors": errors,
+        "longest_stall": output::length_json(Some(tally.stall)),
+        "errors": tally.errors,
+        "unfinished": tally.unfinished,
+        "oldest_unfinished": output::length_json(Some(tally.oldest)),
     });
     common.output().result(table.render().trim_end(), &json)?;
-    if tally.latencies.is_empty() {
-        let error = tally.sample.clone().unwrap_or_else(|| "nothing was done in time".to_owned());
-        return Err(Failure::Unavailable(format!("no operation succeeded: {error}")));
-    }
-    Ok(())
+    tally.verdict()
+}
+
+/// A length as latencies are printed.
+pub(crate) fn micros_text(length: Duration) -> String {
+    format!("{} µs", count(u64::try_from(length.as_micros()).unwrap_or(u64::MAX)))
 }
 
 /// Latencies in microseconds.

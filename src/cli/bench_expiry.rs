@@ -1,8 +1,8 @@
 //! `quorate bench --work expire`: what writers notice when many leases end at the same time.
 //!
-//! Callers update sessions all the time. Their latencies are taken twice: while nothing else goes
-//! on, and from the deadline of the first lease until a second after that of the last one, which
-//! is when a cluster that keeps up has removed them all. Caveat: the leases' tombstones end a
+//! Callers update sessions all the time. Their latencies are taken three times: while nothing else
+//! goes on, while the leases are granted and live, and from the deadline of the first until a
+//! second after that of the last one, which is when a cluster that keeps up has removed them all. Caveat: the leases' tombstones end a
 //! minute later, in the same bounded steps, and are not waited for.
 
 use std::time::Duration;
@@ -12,9 +12,10 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::Common;
-use super::bench::Quantiles;
+use super::bench::{Quantiles, micros_text};
 use super::failure::Failure;
-use super::load::{Load, Phase, Tally};
+use super::ledger::Tally;
+use super::load::Load;
 use super::output::{self, Table, count, length};
 use crate::client::{Client, Error, LeaseId, LeaseOptions};
 use crate::limits::LEASE_RENEWALS_MAX;
@@ -26,12 +27,6 @@ const MESSAGES_MAX: usize = 8;
 /// What belongs to the last expiry still.
 const AFTERMATH: Duration = Duration::from_secs(1);
 
-/// A stretch of time, and what the callers saw in it.
-struct Stretch {
-    length: Duration,
-    tally: Tally,
-}
-
 /// Measures `load` for `quiet` without, and then with, so many leases that end.
 pub(crate) async fn run(
     client: &Client,
@@ -41,20 +36,16 @@ pub(crate) async fn run(
     quiet: Duration,
     common: &Common,
 ) -> Result<(), Failure> {
-    load.enter(Phase::Measure);
-    let start = Instant::now();
+    load.measure();
     tokio::time::sleep(quiet).await;
-    let quiet = Stretch { length: start.elapsed(), tally: load.take() };
+    let quiet = load.take();
     let ids = grant(client, leases, ttl).await?;
     let (first, last) = renew(client, &ids).await?;
     tokio::time::sleep_until(first + ttl).await;
-    load.take();
-    let start = Instant::now();
+    let granting = load.take();
     tokio::time::sleep_until(last + ttl + AFTERMATH).await;
-    let expiring = Stretch { length: start.elapsed(), tally: load.take() };
-    load.enter(Phase::Stop);
-    load.finish().await;
-    report(ids.len(), last - first, &quiet, &expiring, common)
+    let expiring = load.finish().await;
+    report(ids.len(), last - first, &[quiet, granting, expiring], common)
 }
 
 async fn grant(client: &Client, number: usize, ttl: Duration) -> Result<Vec<LeaseId>, Failure> {
@@ -88,41 +79,44 @@ async fn renew(client: &Client, ids: &[LeaseId]) -> Result<(Instant, Instant), F
 fn report(
     leases: usize,
     spread: Duration,
-    quiet: &Stretch,
-    expiring: &Stretch,
+    stretches: &[Tally; 3],
     common: &Common,
 ) -> Result<(), Failure> {
-    let mut table =
-        Table::new(&["", "FOR", "RATE", "P50", "P99", "MAX", "ERRORS"], &[2, 3, 4, 5, 6]);
+    let headings =
+        ["", "FOR", "RATE", "P50", "P99", "MAX", "LONGEST STALL", "ERRORS", "UNFINISHED"];
+    let mut table = Table::new(&headings, &[2, 3, 4, 5, 6, 7]);
     let mut json = json!({
         "work": "expire",
         "leases": leases,
         "spread": output::length_json(Some(spread)),
     });
-    for (name, stretch) in [("quiet", quiet), ("expiring", expiring)] {
-        let Stretch { length: for_long, tally } = stretch;
-        let rate = tally.latencies.len() as f64 / for_long.as_secs_f64().max(f64::EPSILON);
+    for (name, tally) in ["quiet", "granting", "expiring"].into_iter().zip(stretches) {
         let quantiles = Quantiles::of(&tally.latencies);
-        let errors: u64 = tally.errors.values().sum();
         let micros = |micros: u64| format!("{} µs", count(micros));
         table.row([
             name.to_owned(),
-            length(*for_long),
-            format!("{}/s", count(rate as u64)),
+            length(tally.length),
+            format!("{}/s", count(tally.rate() as u64)),
             micros(quantiles.p50),
             micros(quantiles.p99),
             micros(quantiles.max),
-            count(errors),
+            micros_text(tally.stall),
+            count(tally.failed()),
+            tally.unfinished_text(),
         ]);
         json[name] = json!({
-            "duration": output::length_json(Some(*for_long)),
-            "operations": tally.latencies.len(),
-            "operations_per_second": (rate * 10.0).round() / 10.0,
+            "duration": output::length_json(Some(tally.length)),
+            "operations": tally.operations,
+            "operations_per_second": (tally.rate() * 10.0).round() / 10.0,
             "latency_us": quantiles.json(),
-            "errors": errors,
+            "longest_stall": output::length_json(Some(tally.stall)),
+            "errors": tally.failed(),
+            "unfinished": tally.unfinished,
+            "oldest_unfinished": output::length_json(Some(tally.oldest)),
         });
     }
-    let p99 = |stretch: &Stretch| Quantiles::of(&stretch.tally.latencies).p99.max(1) as f64;
+    let [quiet, _, expiring] = stretches;
+    let p99 = |tally: &Tally| Quantiles::of(&tally.latencies).p99.max(1) as f64;
     let ratio = p99(expiring) / p99(quiet);
     json["p99_ratio"] = Value::from((ratio * 100.0).round() / 100.0);
     let text = format!(
@@ -133,8 +127,5 @@ fn report(
         table.render().trim_end(),
     );
     common.output().result(&text, &json)?;
-    match &quiet.tally.latencies.is_empty() {
-        true => Err(Failure::Unavailable("no update succeeded".to_owned())),
-        false => Ok(()),
-    }
+    stretches.iter().try_for_each(Tally::verdict)
 }

@@ -6,6 +6,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use super::Common;
+use super::bench::micros_text;
 use super::contender;
 use super::failure::Failure;
 use super::output::{self, Table, count, length};
@@ -13,9 +14,12 @@ use crate::client::{Client, Renewals};
 
 /// How often there is a look at what has happened, and a line of the timeline.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// How long messages that are under way at the end are waited for, and how often it is looked.
+const DRAIN: Duration = Duration::from_secs(2);
+const DRAIN_CHECK: Duration = Duration::from_millis(20);
 
 /// Grants `leases`, lets the client keep them alive for `duration`, and says how many renewals that
-/// took and how many leases were lost.
+/// took, how long the slowest message took, and how many leases were lost.
 pub(crate) async fn run(
     client: &Client,
     leases: usize,
@@ -46,16 +50,33 @@ pub(crate) async fn run(
         last = now;
     }
     let elapsed = start.elapsed();
+    let renewed = last.renewed - before.renewed;
+    let last = drained(client).await;
     let lost = held.iter().filter(|lease| lease.is_lost()).count() as u64;
     let done = Renewals {
         leases,
         messages: last.messages - before.messages,
-        renewed: last.renewed - before.renewed,
+        renewed,
         failed: last.failed - before.failed,
         lost,
+        ..last
     };
     contender::revoke(held).await;
     report(done, ttl, granting, elapsed, common)
+}
+
+/// What has come of the renewals once those that are under way now have ended, if they do.
+async fn drained(client: &Client) -> Renewals {
+    let start = Instant::now();
+    loop {
+        let now = client.leases().renewals();
+        // Those of which the oldest is younger than this wait were sent during it.
+        let ended = now.under_way == 0 || now.oldest < start.elapsed();
+        if ended || start.elapsed() >= DRAIN {
+            return if ended { Renewals { under_way: 0, ..now } } else { now };
+        }
+        tokio::time::sleep(DRAIN_CHECK).await;
+    }
 }
 
 fn report(
@@ -80,6 +101,12 @@ fn report(
         "messages".to_owned(),
         format!("{}, of which {failed} failed and were sent again", count(done.messages)),
     ]);
+    table.row(["slowest message".to_owned(), micros_text(done.slowest)]);
+    let unfinished = match done.under_way {
+        0 => "none".to_owned(),
+        number => format!("{number} messages, the oldest for {}", length(done.oldest)),
+    };
+    table.row(["unfinished".to_owned(), unfinished.clone()]);
     table.row(["lost".to_owned(), count(done.lost)]);
     let json = json!({
         "work": "renew",
@@ -90,11 +117,19 @@ fn report(
         "renewals_per_second": (rate * 10.0).round() / 10.0,
         "messages": done.messages,
         "messages_failed": done.failed,
+        "slowest_message": output::length_json(Some(done.slowest)),
+        "unfinished": done.under_way,
         "lost": done.lost,
     });
     common.output().result(table.render().trim_end(), &json)?;
-    match done.lost {
-        0 => Ok(()),
-        lost => Err(Failure::Failed(format!("{} leases were lost", count(lost)))),
+    if done.lost > 0 {
+        return Err(Failure::Failed(format!("{} leases were lost", count(done.lost))));
     }
+    if done.failed > 0 || done.under_way > 0 {
+        return Err(Failure::Unavailable(format!(
+            "{} messages that renew leases failed; unfinished: {unfinished}",
+            count(done.failed)
+        )));
+    }
+    Ok(())
 }

@@ -10,6 +10,9 @@ use crate::client::{Client, Error, Lease, LeaseOptions, Locks};
 
 /// Leases that are granted or revoked at once.
 const CALLS_MAX: usize = 256;
+/// How long none of them may be revoked before the others are left to end by themselves: a cluster
+/// that does not answer has been found out by then.
+const REVOKE_QUIET: Duration = Duration::from_secs(2);
 /// Longer than any pause of the cluster that a measurement survives.
 const TTL: Duration = Duration::from_secs(60);
 /// How long a contended lock is waited for.
@@ -86,14 +89,23 @@ async fn next(calls: &mut JoinSet<Result<Lease, Error>>) -> Option<Result<Lease,
     })
 }
 
-/// Revokes all of them.
+/// Revokes all of them, unless the cluster does not answer: then they end by themselves.
 pub(crate) async fn revoke(leases: Vec<Lease>) {
+    let mut leases = leases.into_iter();
     let mut calls = JoinSet::new();
-    for lease in leases {
-        if calls.len() >= CALLS_MAX {
-            calls.join_next().await;
+    loop {
+        while calls.len() < CALLS_MAX
+            && let Some(lease) = leases.next()
+        {
+            calls.spawn(lease.revoke());
         }
-        calls.spawn(lease.revoke());
+        match tokio::time::timeout(REVOKE_QUIET, calls.join_next()).await {
+            Ok(Some(_)) => {}
+            Ok(None) => return,
+            Err(_) => {
+                tracing::debug!("some leases were not revoked in time; they end by themselves");
+                return;
+            }
+        }
     }
-    calls.join_all().await;
 }

@@ -1,18 +1,18 @@
 //! The callers of `quorate bench`, and the sessions that they work on.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hdrhistogram::Histogram;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::bench::Work;
 use super::contender::Contender;
 use super::failure::Failure;
+use super::ledger::{Ledger, Tally};
 use crate::client::{Client, Error, Handle, NewSession, ReadOptions, SessionId, Sessions, Update};
 use crate::limits::ATTRIBUTE_VALUE_BYTES_MAX;
 
@@ -28,8 +28,9 @@ const PREPARE_BATCH: usize = 100;
 const PREPARE_CALLERS: usize = 512;
 /// Different values, so that neighbouring writes differ.
 const VALUES: usize = 64;
-/// Highest latency that is told apart: ten minutes, in nanoseconds.
-const LATENCY_MAX: u64 = 600_000_000_000;
+/// How long nobody's request may end, once nobody begins another, before those that are left are
+/// taken for such as never end.
+const DRAIN_QUIET: Duration = Duration::from_secs(2);
 
 /// The sessions: always the same for one number and size of values.
 #[derive(Clone)]
@@ -125,44 +126,17 @@ impl Population {
     }
 }
 
-/// What the callers are to do with the next outcome.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Phase {
-    WarmUp = 0,
-    Measure = 1,
-    Stop = 2,
-}
-
 /// Callers at work.
 pub(crate) struct Load {
     shared: Arc<Shared>,
     callers: JoinSet<()>,
 }
 
-struct Shared {
-    phase: AtomicU8,
-    tally: Mutex<Tally>,
-}
-
-/// What was measured.
-pub(crate) struct Tally {
-    /// Of what succeeded, in nanoseconds.
-    pub(crate) latencies: Histogram<u64>,
-    /// What did not, by kind.
-    pub(crate) errors: BTreeMap<&'static str, u64>,
-    /// One of the errors, for who asks what happened.
-    pub(crate) sample: Option<String>,
-}
-
-/// How far the measurement has come.
-pub(crate) struct Progress {
-    pub(crate) operations: u64,
-    pub(crate) errors: u64,
-}
+struct Shared(Mutex<Ledger>);
 
 impl Load {
-    /// Sets `callers` to work, with a contender each if there are any; their outcomes count once
-    /// the phase is `Measure`.
+    /// Sets `callers` to work, with a contender each if there are any; their outcomes count from
+    /// [`Load::measure`] on.
     pub(crate) fn start(
         client: &Client,
         work: Work,
@@ -170,14 +144,12 @@ impl Load {
         callers: usize,
         contenders: &[Contender],
     ) -> Result<Self, Failure> {
-        let latencies = Histogram::new_with_bounds(1, LATENCY_MAX, 3)
-            .map_err(|error| Failure::Failed(error.to_string()))?;
-        let tally = Tally { latencies, errors: BTreeMap::new(), sample: None };
-        let phase = AtomicU8::new(Phase::WarmUp as u8);
-        let shared = Arc::new(Shared { phase, tally: Mutex::new(tally) });
+        let ledger = Ledger::new(callers, Instant::now())?;
+        let shared = Arc::new(Shared(Mutex::new(ledger)));
         let mut set = JoinSet::new();
         for number in 0..callers {
             let caller = Caller {
+                number,
                 sessions: client.sessions(),
                 population: population.clone(),
                 contender: contenders.get(number).cloned(),
@@ -190,41 +162,48 @@ impl Load {
         Ok(Self { shared, callers: set })
     }
 
-    pub(crate) fn enter(&self, phase: Phase) {
-        self.shared.phase.store(phase as u8, Ordering::Relaxed);
+    /// From now on what the callers see counts.
+    pub(crate) fn measure(&self) {
+        self.shared.lock().measure(Instant::now());
     }
 
-    pub(crate) fn progress(&self) -> Progress {
-        let tally = self.shared.lock();
-        Progress { operations: tally.latencies.len(), errors: tally.errors.values().sum() }
+    /// How many requests have succeeded and how many have failed so far.
+    pub(crate) fn progress(&self) -> (u64, u64) {
+        let ledger = self.shared.lock();
+        (ledger.tally().operations, ledger.tally().failed())
     }
 
-    /// Ends the callers, with whatever they have under way, and hands over what was measured.
+    /// From now on nobody begins another request, and what ends is no part of the rate.
+    pub(crate) fn stop(&self) {
+        self.shared.lock().stop(Instant::now());
+    }
+
+    /// Stops, waits for the requests that are open for as long as any of them ends, and hands over
+    /// what was measured.
     pub(crate) async fn finish(mut self) -> Tally {
+        self.stop();
+        // Each caller ends with its request; one that has panicked has left it open.
+        while let Ok(Some(_)) = tokio::time::timeout(DRAIN_QUIET, self.callers.join_next()).await {}
+        let tally = self.shared.lock().close(Instant::now());
         self.callers.shutdown().await;
-        self.take()
+        tally
     }
 
     /// Hands over what was measured since the last time.
     pub(crate) fn take(&self) -> Tally {
-        let mut tally = self.shared.lock();
-        let latencies = Histogram::new_from(&tally.latencies);
-        Tally {
-            latencies: std::mem::replace(&mut tally.latencies, latencies),
-            errors: std::mem::take(&mut tally.errors),
-            sample: tally.sample.take(),
-        }
+        self.shared.lock().take(Instant::now())
     }
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Tally> {
+    fn lock(&self) -> MutexGuard<'_, Ledger> {
         // Nothing panics while it holds the lock.
-        self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 struct Caller {
+    number: usize,
     sessions: Sessions,
     population: Population,
     /// For work on locks.
@@ -236,25 +215,10 @@ struct Caller {
 
 impl Caller {
     async fn run(mut self) {
-        let mut end = Instant::now();
         loop {
-            let start = end;
             let result = self.operate().await;
-            end = Instant::now();
-            let phase = self.shared.phase.load(Ordering::Relaxed);
-            if phase == Phase::Stop as u8 {
+            if !self.shared.lock().ended(self.number, Instant::now(), result) {
                 return;
-            }
-            if phase == Phase::Measure as u8 {
-                let nanos = u64::try_from((end - start).as_nanos()).unwrap_or(LATENCY_MAX);
-                let mut tally = self.shared.lock();
-                match result {
-                    Ok(()) => tally.latencies.saturating_record(nanos),
-                    Err(error) => {
-                        *tally.errors.entry(error.kind()).or_default() += 1;
-                        tally.sample.get_or_insert_with(|| error.to_string());
-                    }
-                }
             }
         }
     }

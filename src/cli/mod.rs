@@ -14,6 +14,7 @@ mod contender;
 mod exec;
 mod failure;
 mod lease;
+mod ledger;
 mod load;
 mod lock;
 pub mod logging;

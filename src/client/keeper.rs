@@ -47,6 +47,12 @@ pub struct Renewals {
     pub failed: u64,
     /// Leases that were lost, other than given up.
     pub lost: u64,
+    /// Messages that have no answer yet.
+    pub under_way: usize,
+    /// How long the oldest of those has been under way.
+    pub oldest: Duration,
+    /// The longest that any message took, or has taken so far.
+    pub slowest: Duration,
 }
 
 /// When a lease is renewed next.
@@ -104,6 +110,10 @@ struct Registry {
     leases: BTreeMap<Key, Kept>,
     by_due: BTreeSet<(Duration, Key)>,
     by_ready: BTreeSet<(Duration, Key)>,
+    /// When the messages under way were sent, by number.
+    sent: BTreeMap<u64, Duration>,
+    /// The longest that a message took.
+    slowest: Duration,
     /// Whether the task is there.
     running: bool,
 }
@@ -178,9 +188,16 @@ impl Keeper {
         }
     }
 
-    pub(super) fn renewals(&self) -> Renewals {
+    /// What has come of all of it, by `now` on the monotonic clock.
+    pub(super) fn renewals(&self, now: Duration) -> Renewals {
+        let registry = self.lock();
+        let first_sent = registry.sent.values().min();
+        let oldest = first_sent.map_or(Duration::ZERO, |sent| now.saturating_sub(*sent));
         Renewals {
-            leases: self.lock().leases.len(),
+            leases: registry.leases.len(),
+            under_way: registry.sent.len(),
+            oldest,
+            slowest: registry.slowest.max(oldest),
             messages: self.messages.load(Ordering::Relaxed),
             renewed: self.renewed.load(Ordering::Relaxed),
             failed: self.failed.load(Ordering::Relaxed),
@@ -225,6 +242,13 @@ impl Keeper {
         }
         messages.extend(open.into_values().filter(|message| !message.is_empty()));
         messages
+    }
+
+    /// The message of this number has ended, after so long.
+    fn answered(&self, number: u64, took: Duration) {
+        let mut registry = self.lock();
+        registry.sent.remove(&number);
+        registry.slowest = registry.slowest.max(took);
     }
 
     /// Nothing keeps this one alive any more.
@@ -279,7 +303,8 @@ async fn renew(client: Client, leases: Vec<Arc<Held>>) {
     let keeper = client.keeper.clone();
     let clock = client.pool.time.clock().clone();
     let sent = clock.monotonic();
-    keeper.messages.fetch_add(1, Ordering::Relaxed);
+    let number = keeper.messages.fetch_add(1, Ordering::Relaxed);
+    keeper.lock().sent.insert(number, sent);
     let answered = exchange(&client, &leases).await;
     let mut renewals: BTreeMap<LeaseId, Renewal> = match answered {
         Ok(renewals) => renewals.into_iter().map(|renewal| (renewal.id, renewal)).collect(),
@@ -290,6 +315,7 @@ async fn renew(client: Client, leases: Vec<Arc<Held>>) {
         }
     };
     let now = clock.monotonic();
+    keeper.answered(number, now.saturating_sub(sent));
     for held in &leases {
         let key = held.key();
         match renewals.remove(&held.id) {

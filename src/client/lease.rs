@@ -395,7 +395,7 @@ impl Leases {
 
     /// What the renewals of this client and its clones have come to.
     pub fn renewals(&self) -> Renewals {
-        self.client.keeper.renewals()
+        self.client.keeper.renewals(self.client.pool.time.clock().monotonic())
     }
 
     fn namespace(&self) -> String {
