@@ -120,6 +120,10 @@ pub mod proto;
 #[cfg(feature = "client")]
 pub mod clock;
 
+// How a session is named in secret.
+#[cfg(feature = "client")]
+mod session_id;
+
 // Which member of a ring serves a key.
 #[cfg(feature = "client")]
 pub mod placement;

@@ -3,16 +3,13 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use sha2::{Digest as _, Sha256};
 
 use super::error::Error;
 use crate::limits::{SESSION_ID_CHARS_MAX, SESSION_ID_CHARS_MIN};
 use crate::proto::v1;
+use crate::session_id;
 
-/// Characters of an id beside letters and digits: those of a cookie's value that need no quoting.
-const ID_PUNCTUATION: &[u8] = b"-_.~!$&'*+^`|#%";
 /// Hex digits of a lease's id.
 const LEASE_ID_CHARS: usize = 32;
 /// Hex digits of a handle.
@@ -31,14 +28,7 @@ impl SessionId {
     ///
     /// When the operating system has no randomness to give.
     pub fn mint() -> Result<Self, Error> {
-        let mut secret = [0; 32];
-        loop {
-            fill_random(&mut secret)?;
-            let id = URL_SAFE_NO_PAD.encode(secret);
-            if !id.starts_with('-') {
-                return Ok(Self(id));
-            }
-        }
+        session_id::mint().map(Self).map_err(no_randomness)
     }
 
     /// An id that somebody else made: 16 to 128 characters of `A-Z a-z 0-9 - _ . ~ ! $ & ' * + ^ `
@@ -50,14 +40,14 @@ impl SessionId {
     pub fn new(id: impl Into<String>) -> Result<Self, Error> {
         let id = id.into();
         let invalid = |message| Err(Error::invalid("id", "INVALID_SESSION_ID", message));
-        if !(SESSION_ID_CHARS_MIN..=SESSION_ID_CHARS_MAX).contains(&id.len()) {
+        if !session_id::has_valid_length(&id) {
             return invalid(format!(
                 "a session id has {SESSION_ID_CHARS_MIN} to {SESSION_ID_CHARS_MAX} characters, \
                  this one {}",
                 id.len()
             ));
         }
-        if !id.bytes().all(|c| c.is_ascii_alphanumeric() || ID_PUNCTUATION.contains(&c)) {
+        if !session_id::has_valid_characters(&id) {
             return invalid("a session id consists of letters, digits and -_.~!$&'*+^`|#%".into());
         }
         Ok(Self(id))
@@ -262,9 +252,11 @@ pub(super) fn mix(value: u64) -> u64 {
 }
 
 fn fill_random(bytes: &mut [u8]) -> Result<(), Error> {
-    getrandom::fill(bytes).map_err(|error| {
-        Error::internal(format!("the operating system gives no randomness: {error}"))
-    })
+    getrandom::fill(bytes).map_err(no_randomness)
+}
+
+fn no_randomness(error: getrandom::Error) -> Error {
+    Error::internal(format!("the operating system gives no randomness: {error}"))
 }
 
 #[cfg(test)]

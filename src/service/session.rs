@@ -4,8 +4,6 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
@@ -14,9 +12,10 @@ use super::field::{invalid_page_token, page_size, parse_hex, valid_name, valid_n
 use super::request::{Call, Consistency, RequestContext, RequestIds, read};
 use crate::limits::{
     ATTRIBUTE_VALUE_BYTES_MAX, PAGE_SIZE_MAX, REQUEST_BYTES_MAX, SESSION_ATTRIBUTES_MAX,
-    SESSION_BYTES_MAX, SESSION_ID_CHARS_MAX, SESSION_ID_CHARS_MIN, TIMEOUT_MAX, TIMEOUT_MIN,
+    SESSION_BYTES_MAX, TIMEOUT_MAX, TIMEOUT_MIN,
 };
 use crate::raft::{Node, WriteError};
+use crate::session_id;
 use crate::state::{
     Attribute, Command, Digest, Fence, Namespace, Outcome, Query, QueryReply, Rejection, Reply,
     Revision, Session, SessionKey, State, Timeout, Timestamp, TouchNeed,
@@ -566,11 +565,9 @@ fn fits_a_message(listed: &Listed) -> Result<(), Error> {
 }
 
 fn mint_id() -> Result<String, Error> {
-    let mut secret = [0; 32];
-    getrandom::fill(&mut secret).map_err(|error| {
+    session_id::mint().map_err(|error| {
         Error::new(ErrorKind::Internal, "NO_RANDOMNESS", format!("no session id: {error}"))
-    })?;
-    Ok(URL_SAFE_NO_PAD.encode(secret))
+    })
 }
 
 fn batch_keys(
@@ -626,12 +623,8 @@ fn selected(namespace: &Namespace, session: &SessionSelector) -> Result<Digest, 
     }
 }
 
-/// Ids are cookie values (RFC 6265 cookie-octet), less those that break in headers and URLs.
 fn valid_id(id: &str) -> Result<(), Error> {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~!$&'*+^`|#%".contains(&byte);
-    let length = id.len();
-    if !(SESSION_ID_CHARS_MIN..=SESSION_ID_CHARS_MAX).contains(&length) || !id.bytes().all(allowed)
-    {
+    if !session_id::has_valid_length(id) || !session_id::has_valid_characters(id) {
         return Err(Error::invalid(
             "session.id",
             "INVALID_SESSION_ID",
