@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::failure::Failure;
 use super::output;
-use crate::client::{Handle, LeaseId, NewMember, Selector, SessionId, Timeout};
+use crate::client::{Handle, LeaseId, NewMember, Selector, SessionId, Timeout, check_address};
 use crate::limits::{
     ATTRIBUTE_VALUE_BYTES_MAX, LEASE_TTL_MAX, LEASE_TTL_MIN, LOCK_DELAY_MAX, LOCK_PERMITS_MAX,
     LOCK_WAIT_MAX, NAME_BYTES_MAX, PAGE_SIZE_MAX, RING_MEMBERS_MAX, RING_TAG_VALUE_BYTES_MAX,
@@ -133,15 +133,7 @@ pub(crate) fn socket_address(text: &str) -> Result<SocketAddr, String> {
 
 /// `host:port` where others find something.
 pub(crate) fn address(text: &str) -> Result<String, String> {
-    let valid = text.rsplit_once(':').is_some_and(|(host, port)| {
-        let host_valid = !host.is_empty()
-            && host.bytes().all(|c| c.is_ascii_alphanumeric() || b".-_:[]".contains(&c));
-        host_valid && port.parse::<u16>().is_ok_and(|port| port != 0)
-    });
-    if valid {
-        return Ok(text.to_owned());
-    }
-    Err(format!("{text:?} is not host:port"))
+    check_address(text).map(|()| text.to_owned())
 }
 
 /// `1=host:port,2=host:port`: each number once, each address once.
@@ -229,21 +221,25 @@ pub(crate) fn selector(
     }
 }
 
-/// A session's attributes, each name once: `name=value`, `name=@file` or `name=-` for standard
-/// input.
+/// A session's attributes, each name once: `name=value`, `name=@file`, `name=@@text` for the text
+/// `@text`, or `name=-` for standard input; if they are `literal`, `name=value` only.
 pub(crate) fn attributes(
     texts: &[String],
+    literal: bool,
     stdin: &mut Stdin,
 ) -> Result<BTreeMap<String, Vec<u8>>, Failure> {
-    named_values("attribute", texts, stdin, ATTRIBUTE_VALUE_BYTES_MAX)
+    let kind = Kind { name: "attribute", literal, bytes_max: ATTRIBUTE_VALUE_BYTES_MAX };
+    named_values(kind, texts, stdin)
 }
 
 /// The tags of a member of a ring, written as attributes are; their values are text.
 pub(crate) fn tags(
     texts: &[String],
+    literal: bool,
     stdin: &mut Stdin,
 ) -> Result<BTreeMap<String, String>, Failure> {
-    let tags = named_values("tag", texts, stdin, RING_TAG_VALUE_BYTES_MAX)?;
+    let kind = Kind { name: "tag", literal, bytes_max: RING_TAG_VALUE_BYTES_MAX };
+    let tags = named_values(kind, texts, stdin)?;
     let text = |(name, value): (String, Vec<u8>)| match String::from_utf8(value) {
         Ok(value) => Ok((name, value)),
         Err(_) => Err(Failure::Usage(format!(
@@ -254,46 +250,53 @@ pub(crate) fn tags(
     tags.into_iter().map(text).collect()
 }
 
+/// What has names and values.
+#[derive(Clone, Copy)]
+struct Kind {
+    name: &'static str,
+    /// Whether values are what they look like.
+    literal: bool,
+    bytes_max: usize,
+}
+
 fn named_values(
-    kind: &str,
+    kind: Kind,
     texts: &[String],
     stdin: &mut Stdin,
-    bytes_max: usize,
 ) -> Result<BTreeMap<String, Vec<u8>>, Failure> {
     let mut values = BTreeMap::new();
     for text in texts {
-        let (name, value) = named_value(kind, text, stdin, bytes_max)?;
+        let (name, value) = named_value(kind, text, stdin)?;
         if values.contains_key(&name) {
             let name = output::printable(&name);
-            return Err(Failure::Usage(format!("the {kind} {name} is given twice")));
+            return Err(Failure::Usage(format!("the {} {name} is given twice", kind.name)));
         }
         values.insert(name, value);
     }
     Ok(values)
 }
 
-fn named_value(
-    kind: &str,
-    text: &str,
-    stdin: &mut Stdin,
-    bytes_max: usize,
-) -> Result<(String, Vec<u8>), Failure> {
+fn named_value(kind: Kind, text: &str, stdin: &mut Stdin) -> Result<(String, Vec<u8>), Failure> {
     let (name, value) = text
         .split_once('=')
         .ok_or_else(|| Failure::Usage(format!("{text:?} is not name=value")))?;
     if !(1..=NAME_BYTES_MAX).contains(&name.len()) {
-        let message = format!("the name of each {kind} has 1 to {NAME_BYTES_MAX} bytes");
+        let message = format!("the name of each {} has 1 to {NAME_BYTES_MAX} bytes", kind.name);
         return Err(Failure::Usage(message));
     }
     let value = match value.strip_prefix('@') {
+        _ if kind.literal => value.as_bytes().to_vec(),
+        Some(text) if text.starts_with('@') => text.as_bytes().to_vec(),
         Some(path) => {
             let path = PathBuf::from(path);
             let shown = path.display().to_string();
-            let file = std::fs::File::open(&path)
-                .map_err(|error| Failure::Failed(format!("{shown}: {error}")))?;
-            read_at_most(file, &shown, bytes_max)?
+            let file = std::fs::File::open(&path).map_err(|error| {
+                let remedy = format!("for the text @{shown} write {name}=@@{shown}");
+                Failure::Failed(format!("{shown}: {error}; {remedy}"))
+            })?;
+            read_at_most(file, &shown, kind.bytes_max)?
         }
-        None if value == "-" => stdin.read(bytes_max)?,
+        None if value == "-" => stdin.read(kind.bytes_max)?,
         None => value.as_bytes().to_vec(),
     };
     Ok((name.to_owned(), value))
@@ -306,7 +309,8 @@ mod tests {
     use super::*;
 
     fn attribute(text: &str, stdin: &mut Stdin) -> Result<(String, Vec<u8>), Failure> {
-        named_value("attribute", text, stdin, ATTRIBUTE_VALUE_BYTES_MAX)
+        let bytes_max = ATTRIBUTE_VALUE_BYTES_MAX;
+        named_value(Kind { name: "attribute", literal: false, bytes_max }, text, stdin)
     }
 
     #[test]
@@ -335,11 +339,11 @@ mod tests {
     fn a_name_is_given_once() {
         let stdin = &mut Stdin::default();
         let texts = ["a=1", "b=2", "a=1"].map(str::to_owned);
-        let failure = attributes(&texts, stdin).unwrap_err();
+        let failure = attributes(&texts, false, stdin).unwrap_err();
         assert_eq!((failure.code(), &*failure.to_string()), (2, "the attribute a is given twice"));
-        let failure = tags(&texts, stdin).unwrap_err();
+        let failure = tags(&texts, false, stdin).unwrap_err();
         assert_eq!((failure.code(), &*failure.to_string()), (2, "the tag a is given twice"));
-        assert_eq!(attributes(&texts[..2], stdin).unwrap().len(), 2);
+        assert_eq!(attributes(&texts[..2], false, stdin).unwrap().len(), 2);
     }
 
     #[test]
@@ -348,12 +352,12 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(b"east").unwrap();
         let texts = [format!("zone=@{}", file.path().display())];
-        assert_eq!(tags(&texts, stdin).unwrap()["zone"], "east");
+        assert_eq!(tags(&texts, false, stdin).unwrap()["zone"], "east");
         file.write_all(b"\xff").unwrap();
-        assert!(matches!(tags(&texts, stdin), Err(Failure::Usage(_))), "it is not text");
+        assert!(matches!(tags(&texts, false, stdin), Err(Failure::Usage(_))), "it is not text");
         file.write_all(&[b'x'; RING_TAG_VALUE_BYTES_MAX]).unwrap();
-        assert!(tags(&texts, stdin).unwrap_err().to_string().contains("1024"));
-        assert!(matches!(tags(&["zone=-".to_owned()], stdin), Err(Failure::Usage(_))));
+        assert!(tags(&texts, false, stdin).unwrap_err().to_string().contains("1024"));
+        assert!(matches!(tags(&["zone=-".to_owned()], false, stdin), Err(Failure::Usage(_))));
     }
 
     #[test]
@@ -388,7 +392,7 @@ mod tests {
         assert!(socket_address("127.0.0.1:7400").is_ok());
         assert!(socket_address("localhost:7400").is_err());
         assert!(socket_address("127.0.0.1:0").is_err());
-        for bad in ["", ":1", "a", "a:", "a:x", "a b:1", "a:99999", "a/b:1"] {
+        for bad in ["", ":1", "a", "a:", "a:x", "a b:1", "a:99999", "a/b:1", "a:1:2", "::1:7400"] {
             assert!(address(bad).is_err(), "{bad:?}");
         }
     }
@@ -407,7 +411,21 @@ mod tests {
         assert_eq!(attribute(&argument, stdin).unwrap().1, b"\x00\xff");
         file.write_all(&vec![0; ATTRIBUTE_VALUE_BYTES_MAX]).unwrap();
         assert!(matches!(attribute(&argument, stdin), Err(Failure::Usage(_))));
-        assert!(matches!(attribute("a=@/no/such/file", stdin), Err(Failure::Failed(_))));
+        let failure = attribute("a=@/no/such/file", stdin).unwrap_err();
+        assert_eq!(failure.code(), 1);
+        assert!(failure.to_string().contains("write a=@@/no/such/file"), "{failure}");
+    }
+
+    #[test]
+    fn values_that_look_like_sources_have_a_way_to_be_said() {
+        let stdin = &mut Stdin { taken: true };
+        assert_eq!(attribute("a=@@alice", stdin).unwrap().1, b"@alice");
+        assert_eq!(attribute("a=@@", stdin).unwrap().1, b"@");
+        assert_eq!(attribute("a=--", stdin).unwrap().1, b"--");
+        let texts = ["a=@alice", "b=-", "c=@@x"].map(str::to_owned);
+        let values: Vec<_> = attributes(&texts, true, stdin).unwrap().into_values().collect();
+        assert_eq!(values, [&b"@alice"[..], b"-", b"@@x"]);
+        assert_eq!(tags(&texts, true, stdin).unwrap()["b"], "-");
     }
 
     #[test]

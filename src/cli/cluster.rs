@@ -70,8 +70,7 @@ struct Node {
 
 async fn status(client: &Client, common: &Common) -> Result<(), Failure> {
     let client = client.with_timeout(common.timeout.min(STATUS_TIMEOUT_MAX));
-    let mut nodes = find_nodes(&client, common).await;
-    nodes.sort_by(|a, b| (a.node_id, &a.address).cmp(&(b.node_id, &b.address)));
+    let nodes = find_nodes(&client).await;
     let mut table = Table::new(
         &[
             "NODE",
@@ -96,7 +95,7 @@ async fn status(client: &Client, common: &Common) -> Result<(), Failure> {
     common.output().list(&table, &objects)?;
     for node in &nodes {
         match &node.status {
-            Err(why) => output::message(&format!("quorate: {}", node.complaint(why))),
+            Err(why) => output::message(&format!("quorate: {}", printable(why))),
             Ok(status) if !status.halted_reason.is_empty() => {
                 let reason = printable(&status.halted_reason);
                 output::message(&format!("quorate: node {} has halted: {reason}", node.node_id));
@@ -117,17 +116,30 @@ async fn status(client: &Client, common: &Common) -> Result<(), Failure> {
     }
 }
 
-/// Asks the endpoints, and every member that one of them names, all at once.
-async fn find_nodes(client: &Client, common: &Common) -> Vec<Node> {
-    let mut asked: Vec<(u64, String)> = Vec::new();
-    if let Ok(described) = client.describe().await {
-        let members = described.members.into_iter();
-        asked.extend(members.map(|member| (member.node_id, member.client_address)));
+/// Asks the endpoints, and then every member that has not answered at one of them where it says
+/// that clients reach it: it may be wrong, or true elsewhere only.
+async fn find_nodes(client: &Client) -> Vec<Node> {
+    let endpoints = client.endpoints().into_iter().map(|address| (0, address));
+    let mut nodes = ask(client, endpoints.collect()).await;
+    let answers = nodes.iter().filter_map(|node| node.status.as_ref().ok());
+    let members = answers.map(|status| &status.members).max_by_key(|members| members.len());
+    let members = members.cloned().unwrap_or_default();
+    let mut missing = Vec::new();
+    for member in &members {
+        if nodes.iter().any(|node| node.node_id == member.node_id) {
+            continue;
+        }
+        match nodes.iter_mut().find(|node| node.address == member.client_address) {
+            Some(silent) => silent.node_id = member.node_id,
+            None => missing.push((member.node_id, member.client_address.clone())),
+        }
     }
-    if asked.is_empty() {
-        let strip = |address: &String| address.trim_start_matches("http://").to_owned();
-        asked.extend(common.endpoints.iter().map(|address| (0, strip(address))));
-    }
+    nodes.extend(ask(client, missing).await);
+    merged(nodes)
+}
+
+/// Asks all of them at once.
+async fn ask(client: &Client, asked: Vec<(u64, String)>) -> Vec<Node> {
     let mut asking = JoinSet::new();
     for (node_id, address) in asked {
         let client = client.clone();
@@ -144,15 +156,19 @@ async fn find_nodes(client: &Client, common: &Common) -> Vec<Node> {
     asking.join_all().await
 }
 
-impl Node {
-    /// Why it did not answer, with its address said once.
-    fn complaint(&self, why: &str) -> String {
-        if why.starts_with(&self.address) {
-            return why.to_owned();
+/// Each node once, though it may have answered at several addresses.
+fn merged(mut nodes: Vec<Node>) -> Vec<Node> {
+    nodes.sort_by(|a, b| (a.node_id, &a.address).cmp(&(b.node_id, &b.address)));
+    nodes.dedup_by(|node, first| match (&node.status, &first.status) {
+        (Ok(status), Ok(other)) => {
+            (status.node_id, &status.cluster_id) == (other.node_id, &other.cluster_id)
         }
-        format!("{}: {why}", self.address)
-    }
+        _ => false,
+    });
+    nodes
+}
 
+impl Node {
     fn row(&self) -> Vec<String> {
         let number = if self.node_id == 0 { "?".to_owned() } else { self.node_id.to_string() };
         let mut row = vec![number, printable(&self.address)];
@@ -371,12 +387,24 @@ mod tests {
     }
 
     #[test]
+    fn a_node_that_answers_at_two_addresses_is_one() {
+        let at =
+            |address: &str, node_id| Node { address: address.into(), ..node(node_id, 5, "aa") };
+        let mut stranger = at("d:1", 2);
+        if let Ok(status) = &mut stranger.status {
+            status.cluster_id = "other".into();
+        }
+        let silent = Node { node_id: 2, address: "e:1".into(), status: Err("refused".into()) };
+        let nodes = merged(vec![at("c:1", 2), at("a:1", 2), at("b:1", 1), stranger, silent]);
+        let addresses: Vec<&str> = nodes.iter().map(|node| &*node.address).collect();
+        assert_eq!(addresses, ["b:1", "a:1", "d:1", "e:1"]);
+    }
+
+    #[test]
     fn a_node_that_does_not_answer_has_its_row() {
         let node = Node { node_id: 2, address: "a:1".into(), status: Err("refused".into()) };
         assert_eq!(node.row(), ["2", "a:1", "unreachable"]);
         assert_eq!(node.json()["role"], "unreachable");
-        assert_eq!(node.complaint("refused"), "a:1: refused");
-        assert_eq!(node.complaint("a:1: refused"), "a:1: refused");
     }
 
     #[test]

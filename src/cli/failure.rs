@@ -128,6 +128,9 @@ fn describe(error: &client::Error) -> String {
         Error::Unavailable { reason, .. } if reason == "NO_LEADER" => {
             "is a majority of the nodes up? see `quorate cluster status`"
         }
+        Error::Unavailable { reason, .. } if reason == "HALTED" => {
+            "its log says more; see `quorate cluster status`"
+        }
         Error::Unavailable { .. } => "is it running, and is --endpoints right?",
         Error::DeadlineExceeded { .. } => "try again, or give it a longer --timeout",
         Error::OutcomeUnknown { .. } => "read before you repeat it",

@@ -10,10 +10,10 @@ use super::Common;
 use super::argument;
 use super::failure::Failure;
 use super::output::{
-    self, Format, Output, Table, age, length_json, length_or_dash, printable_or_dash, time_json,
+    self, Format, Now, Output, Table, length_json, length_or_dash, printable_or_dash, time_json,
 };
 use super::signals::Signals;
-use crate::client::{Error, LeaseId, LeaseOptions, LeaseRecord, Leases, Renewal};
+use crate::client::{Client, Error, LeaseId, LeaseOptions, LeaseRecord, Leases, Renewal};
 use crate::limits::PAGE_SIZE_MAX;
 
 /// Pause before a renewal that failed is tried again.
@@ -82,7 +82,8 @@ pub(crate) struct ListArguments {
 /// Does what the command says.
 pub(crate) async fn run(command: LeaseCommand, common: &Common) -> Result<(), Failure> {
     let output = common.output();
-    let leases = common.client().build()?.leases();
+    let client = common.client().build()?;
+    let leases = client.leases();
     match command {
         LeaseCommand::Grant(arguments) => {
             let options = LeaseOptions::new().ttl(arguments.ttl).owner(arguments.owner);
@@ -108,9 +109,9 @@ pub(crate) async fn run(command: LeaseCommand, common: &Common) -> Result<(), Fa
         }
         LeaseCommand::Show(IdArgument { id }) => {
             let found = leases.get(id).await.map_err(|error| about(error, id))?;
-            show(output, &found.value, found.revision)
+            show(output, &found.value, found.revision, Now(client.cluster_time()))
         }
-        LeaseCommand::List(arguments) => list(&leases, arguments, output).await,
+        LeaseCommand::List(arguments) => list(&client, arguments, output).await,
     }
 }
 
@@ -181,12 +182,12 @@ fn report(renewals: &[Renewal], output: Output) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn list(leases: &Leases, arguments: ListArguments, output: Output) -> Result<(), Failure> {
+async fn list(client: &Client, arguments: ListArguments, output: Output) -> Result<(), Failure> {
     let page_size = u32::try_from(arguments.limit.min(PAGE_SIZE_MAX)).unwrap_or(u32::MAX);
     let mut found = Vec::new();
     let mut next = None;
     let more = loop {
-        let page = leases.list(page_size, next).await?;
+        let page = client.leases().list(page_size, next).await?;
         found.extend(page.leases);
         next = page.next;
         if found.len() >= arguments.limit || next.is_none() {
@@ -194,6 +195,7 @@ async fn list(leases: &Leases, arguments: ListArguments, output: Output) -> Resu
         }
     };
     found.truncate(arguments.limit);
+    let now = Now(client.cluster_time());
     let headings = ["ID", "OWNER", "TTL", "AGE", "ENDS IN", "LOCKS", "WAITS", "MEMBERS"];
     let mut table = Table::new(&headings, &[5, 6, 7]);
     for lease in &found {
@@ -201,7 +203,7 @@ async fn list(leases: &Leases, arguments: ListArguments, output: Output) -> Resu
             lease.id.to_string(),
             printable_or_dash(&lease.owner),
             length_or_dash(lease.ttl),
-            age(lease.granted),
+            now.age(lease.granted),
             length_or_dash(lease.remaining),
             lease.held_locks.to_string(),
             lease.waits.to_string(),
@@ -216,7 +218,7 @@ async fn list(leases: &Leases, arguments: ListArguments, output: Output) -> Resu
     Ok(())
 }
 
-fn show(output: Output, lease: &LeaseRecord, revision: u64) -> Result<(), Failure> {
+fn show(output: Output, lease: &LeaseRecord, revision: u64, now: Now) -> Result<(), Failure> {
     if output.format == Format::Json {
         let json = json!({ "revision": revision, "lease": lease_json(lease) });
         return output.result("", &json);
@@ -226,7 +228,7 @@ fn show(output: Output, lease: &LeaseRecord, revision: u64) -> Result<(), Failur
     table.row(["namespace", &output::printable(&lease.namespace)]);
     table.row(["owner", &printable_or_dash(&lease.owner)]);
     table.row(["ttl", &length_or_dash(lease.ttl)]);
-    table.row(["age", &age(lease.granted)]);
+    table.row(["age", &now.age(lease.granted)]);
     table.row(["ends in", &length_or_dash(lease.remaining)]);
     table.row(["held locks", &lease.held_locks.to_string()]);
     table.row(["waits", &lease.waits.to_string()]);

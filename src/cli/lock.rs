@@ -11,7 +11,7 @@ use super::argument;
 use super::exec::{self, ExecArguments};
 use super::failure::Failure;
 use super::output::{
-    self, Format, Output, Table, age, length, length_json, length_or_dash, printable,
+    self, Format, Now, Output, Table, length, length_json, length_or_dash, printable,
     printable_or_dash, time_json,
 };
 use super::signals::{Signals, ended_by};
@@ -180,9 +180,9 @@ pub(crate) async fn run(command: LockCommand, common: &Common) -> Result<ExitCod
         }
         LockCommand::Show(ShowArguments { name, limit }) => {
             let found = locks.get(&name, limit).await.map_err(|error| about(error, &name))?;
-            show(output, &found.value, found.revision)?;
+            show(output, &found.value, found.revision, Now(client.cluster_time()))?;
         }
-        LockCommand::List(arguments) => list(&locks, arguments, output).await?,
+        LockCommand::List(arguments) => list(&client, arguments, output).await?,
         LockCommand::Break(BreakArguments { name, token, skip_lock_delay }) => {
             let broken = locks.break_lock(&name, token, skip_lock_delay).await;
             let revision = broken.map_err(|error| about(error, &name))?;
@@ -233,12 +233,12 @@ async fn acquire(
     }
 }
 
-async fn list(locks: &Locks, arguments: ListArguments, output: Output) -> Result<(), Failure> {
+async fn list(client: &Client, arguments: ListArguments, output: Output) -> Result<(), Failure> {
     let page_size = u32::try_from(arguments.limit.min(PAGE_SIZE_MAX)).unwrap_or(u32::MAX);
     let mut found = Vec::new();
     let mut next = None;
     let more = loop {
-        let page = locks.list(page_size, next).await?;
+        let page = client.locks().list(page_size, next).await?;
         found.extend(page.locks);
         next = page.next;
         if found.len() >= arguments.limit || next.is_none() {
@@ -246,6 +246,7 @@ async fn list(locks: &Locks, arguments: ListArguments, output: Output) -> Result
         }
     };
     found.truncate(arguments.limit);
+    let now = Now(client.cluster_time());
     let headings = ["NAME", "KIND", "HOLDERS", "WAITERS", "TOKEN", "OWNER", "HELD FOR"];
     let mut table = Table::new(&headings, &[2, 3, 4]);
     for lock in &found {
@@ -257,7 +258,7 @@ async fn list(locks: &Locks, arguments: ListArguments, output: Output) -> Result
             lock.waiter_count.to_string(),
             first.map_or_else(|| "-".to_owned(), |holder| holder.token.to_string()),
             first.map_or_else(|| "-".to_owned(), owner_text),
-            age(first.and_then(|holder| holder.granted)),
+            now.age(first.and_then(|holder| holder.granted)),
         ]);
     }
     let objects: Vec<Value> = found.iter().map(listed_json).collect();
@@ -268,7 +269,7 @@ async fn list(locks: &Locks, arguments: ListArguments, output: Output) -> Result
     Ok(())
 }
 
-fn show(output: Output, lock: &LockRecord, revision: u64) -> Result<(), Failure> {
+fn show(output: Output, lock: &LockRecord, revision: u64, now: Now) -> Result<(), Failure> {
     if output.format == Format::Json {
         return output.result("", &json!({ "revision": revision, "lock": lock_json(lock) }));
     }
@@ -287,7 +288,7 @@ fn show(output: Output, lock: &LockRecord, revision: u64) -> Result<(), Failure>
     let mut text = table.render();
     if !lock.holders.is_empty() {
         text.push('\n');
-        text.push_str(&holders_table(&lock.holders).render());
+        text.push_str(&holders_table(&lock.holders, now).render());
     }
     if !lock.waiters.is_empty() {
         let headings = ["WAITER", "OWNER", "MODE", "WAITED", "GIVES UP IN"];
@@ -297,7 +298,7 @@ fn show(output: Output, lock: &LockRecord, revision: u64) -> Result<(), Failure>
                 waiter.lease.to_string(),
                 printable_or_dash(&waiter.owner),
                 mode_text(waiter.mode),
-                age(waiter.since),
+                now.age(waiter.since),
                 length_or_dash(waiter.remaining),
             ]);
         }
@@ -307,7 +308,7 @@ fn show(output: Output, lock: &LockRecord, revision: u64) -> Result<(), Failure>
     output.result(text.trim_end(), &Value::Null)
 }
 
-fn holders_table(listed: &[LockHolder]) -> Table {
+fn holders_table(listed: &[LockHolder], now: Now) -> Table {
     let headings = ["HOLDER", "OWNER", "MODE", "TOKEN", "HELD FOR", "LEASE ENDS IN"];
     let mut holders = Table::new(&headings, &[3]);
     for holder in listed {
@@ -317,7 +318,7 @@ fn holders_table(listed: &[LockHolder]) -> Table {
             owner_text(holder),
             mode_text(holder.mode),
             holder.token.to_string(),
-            age(holder.granted),
+            now.age(holder.granted),
             match holder.lock_delay_remaining {
                 Some(remaining) => format!("kept for {}", length(remaining)),
                 None => length_or_dash(holder.lease_remaining),
@@ -458,7 +459,7 @@ mod tests {
 
     #[test]
     fn a_holder_that_was_lost_is_recognised() {
-        let text = holders_table(&lock().holders).render();
+        let text = holders_table(&lock().holders, Now(None)).render();
         assert!(text.contains("(lost)") && text.contains("kept for 4s"), "{text}");
     }
 

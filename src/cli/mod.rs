@@ -13,6 +13,7 @@ mod cluster;
 mod contender;
 mod exec;
 mod failure;
+mod grammar;
 mod lease;
 mod ledger;
 mod load;
@@ -25,11 +26,11 @@ pub mod serve;
 mod session;
 mod signals;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::error::ErrorKind;
-use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use self::failure::Failure;
 use self::logging::{LogFormat, Logging};
@@ -112,10 +113,10 @@ enum Command {
 
 /// Does what the process's arguments say.
 pub fn run() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let words: Vec<OsString> = std::env::args_os().collect();
+    let cli = match parse(&words) {
         Ok(cli) => cli,
         Err(error) => {
-            let error = without_environment(error);
             // Help and version are such "errors" too. If they cannot be printed, nobody reads.
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
@@ -135,22 +136,9 @@ pub fn run() -> ExitCode {
     finish(result.map(|()| ExitCode::SUCCESS))
 }
 
-/// The error as it is without what the environment says: clap takes that for something that was
-/// typed, and so for a part of the usage that it shows.
-fn without_environment(error: clap::Error) -> clap::Error {
-    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
-        return error;
-    }
-    let command = ["endpoints", "namespace", "timeout", "output"]
-        .into_iter()
-        .fold(Cli::command(), |command, name| {
-            command.mut_arg(name, |argument| argument.env(None::<&'static str>))
-        });
-    match command.try_get_matches() {
-        Err(other) if other.kind() == error.kind() => other,
-        // It was the environment that could not be understood.
-        _ => error,
-    }
+fn parse(words: &[OsString]) -> Result<Cli, clap::Error> {
+    let mut matches = grammar::matches(Cli::command(), words)?;
+    Cli::from_arg_matches_mut(&mut matches)
 }
 
 fn finish(result: Result<ExitCode, Failure>) -> ExitCode {
@@ -163,10 +151,11 @@ fn finish(result: Result<ExitCode, Failure>) -> ExitCode {
 /// Runs a client's command. One thread serves thousands of requests; more would only share cores
 /// with the nodes of the same machine.
 fn block_on<T>(command: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let filter = std::env::var("QUORATE_LOG").unwrap_or_default();
     // Its lines are written at the end.
-    let _logging = match std::env::var("QUORATE_LOG") {
-        Ok(filter) => Some(Logging::start(&filter, LogFormat::Text)?),
-        Err(_) => None,
+    let _logging = match filter.trim() {
+        "" => None,
+        filter => Some(Logging::start(filter, LogFormat::Text)?),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -180,7 +169,8 @@ mod tests {
     use super::*;
 
     fn parse(line: &str) -> Result<Cli, clap::Error> {
-        Cli::try_parse_from(line.split_whitespace())
+        let words: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+        super::parse(&words)
     }
 
     #[test]
@@ -252,6 +242,56 @@ mod tests {
             if let Err(error) = parse(line) {
                 panic!("{line}\n{error}");
             }
+        }
+    }
+
+    #[test]
+    fn an_id_or_a_name_may_begin_with_a_dash() {
+        for line in [
+            "quorate session get -123456789abcdef",
+            "quorate session get -hV3456789abcdef --local",
+            "quorate session get --timeout 2s -h23456789abcdef",
+            "quorate session touch -123456789abcdef",
+            "quorate session delete -123456789abcdef --fence a:7",
+            "quorate session set -123456789abcdef --expect-version 3 a=b",
+            "quorate session set -123456789abcdef -- -a=b",
+            "quorate session create -- -a=b",
+            "quorate lock show -n",
+            "quorate lock show -- --limit",
+            "quorate lock exec -n -- true -x",
+            "quorate lock release -n --token 7",
+            "quorate ring leave -r -m",
+            "quorate ring show -r",
+        ] {
+            if let Err(error) = parse(line) {
+                panic!("{line}\n{error}");
+            }
+        }
+        let get = parse("quorate session get -123456789abcdef --local").unwrap();
+        let get = format!("{get:?}");
+        assert!(get.contains("-123456789abcdef") && get.contains("local: true"), "{get}");
+    }
+
+    #[test]
+    fn a_mistyped_option_is_no_value() {
+        for line in [
+            "quorate session get --locl",
+            "quorate session get -123456789abcdef --locl",
+            "quorate session set 0123456789abcdef --expect-versoin=3 a=b",
+            "quorate session set -123456789abcdef --expect-versoin=3 a=b",
+            "quorate session set --handle 0123456789abcdef0123456789abcdef --limit=3 a=b",
+            "quorate session create --prinicpal=alice",
+            "quorate lock show --limt",
+            "quorate lock acquire --shraed --lease 0123456789abcdef0123456789abcdef",
+            "quorate ring locate r k --cuont 3",
+            "quorate ring locate r -k",
+        ] {
+            let error = parse(line).unwrap_err();
+            assert_eq!(error.kind(), clap::error::ErrorKind::UnknownArgument, "{line}");
+        }
+        for line in ["quorate -h", "quorate session get -h", "quorate lock exec --help"] {
+            let error = parse(line).unwrap_err();
+            assert_eq!(error.kind(), clap::error::ErrorKind::DisplayHelp, "{line}");
         }
     }
 

@@ -14,7 +14,6 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 
 use super::failure::Failure;
-use crate::clock::{Clock as _, SystemClock};
 
 /// The first moment that RFC 3339 cannot write: the year 10000.
 const YEAR_10000: Duration = Duration::from_secs(253_402_300_800);
@@ -158,22 +157,33 @@ pub(crate) fn printable_or_dash(text: &str) -> String {
     if text.is_empty() { "-".to_owned() } else { printable(text) }
 }
 
-/// How long ago something was, by this machine's clock.
-pub(crate) fn age(time: Option<SystemTime>) -> String {
-    time.map_or_else(
-        || "-".to_owned(),
-        |time| length(now().duration_since(time).unwrap_or_default()),
-    )
-}
+/// What time it is in the cluster, by whose clock ages and expiries are told: this machine's may be
+/// wrong. Where nobody has said what time it is, times are told as they are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Now(pub(crate) Option<SystemTime>);
 
-/// How long until something is, by this machine's clock; `never` if it never is.
-pub(crate) fn until(time: Option<SystemTime>) -> String {
-    let Some(time) = time else { return "never".to_owned() };
-    time.duration_since(now()).map_or_else(|_| "now".to_owned(), length)
-}
+impl Now {
+    /// How long ago something was.
+    pub(crate) fn age(self, time: Option<SystemTime>) -> String {
+        let Some(time) = time else { return "-".to_owned() };
+        let Self(Some(now)) = self else { return format!("since {}", time_text(time)) };
+        length(now.duration_since(time).unwrap_or_default())
+    }
 
-fn now() -> SystemTime {
-    SystemTime::UNIX_EPOCH + Duration::from_millis(SystemClock.wall())
+    /// How long until something is; `never` if it never is.
+    pub(crate) fn until(self, time: Option<SystemTime>) -> String {
+        let Some(time) = time else { return "never".to_owned() };
+        let Self(Some(now)) = self else { return format!("at {}", time_text(time)) };
+        time.duration_since(now).map_or_else(|_| "now".to_owned(), length)
+    }
+
+    /// The same within a sentence: `in 3m12s`.
+    pub(crate) fn expiry(self, time: Option<SystemTime>) -> String {
+        match (time, self.until(time)) {
+            (Some(_), length) if self.0.is_some() && length != "now" => format!("in {length}"),
+            (_, text) => text,
+        }
+    }
 }
 
 /// A time in RFC 3339, to the millisecond.
@@ -277,6 +287,22 @@ mod tests {
             assert_eq!(length(given), shown);
         }
         assert_eq!(timeout_text(None), "never");
+    }
+
+    #[test]
+    fn ages_are_told_by_the_cluster_s_clock() {
+        let at = |seconds| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+        let now = Now(at(1_000));
+        assert_eq!(now.age(at(940)), "1m");
+        // What a node that is a little ahead has just made.
+        assert_eq!(now.age(at(1_001)), "0s");
+        assert_eq!((&*now.until(at(1_600)), &*now.expiry(at(1_600))), ("10m", "in 10m"));
+        assert_eq!((&*now.until(at(1_000)), &*now.expiry(at(999))), ("0s", "now"));
+        assert_eq!((&*now.age(None), &*now.expiry(None)), ("-", "never"));
+        let unknown = Now(None);
+        assert_eq!(unknown.age(at(940)), "since 1970-01-01T00:15:40.000Z");
+        assert_eq!(unknown.expiry(at(940)), "at 1970-01-01T00:15:40.000Z");
+        assert_eq!(unknown.expiry(None), "never");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::argument::{self, Stdin};
 use super::exec;
 use super::failure::Failure;
 use super::output::{
-    self, Format, Output, Table, age, length_json, printable, printable_or_dash, time_json,
+    self, Format, Now, Output, Table, length_json, printable, printable_or_dash, time_json,
 };
 use super::signals::Signals;
 use crate::client::{
@@ -30,7 +30,8 @@ pub(crate) enum RingCommand {
         command's own: it keeps it alive, and gives it up when it is interrupted (SIGINT, SIGTERM, \
         SIGHUP or SIGQUIT; it ends with 0 then). It ends with 4 when the lease is lost or somebody \
         has removed the member. Tags take values as attributes of sessions do: NAME=@FILE from a \
-        file, NAME=- from standard input.")]
+        file, NAME=- from standard input, NAME=@@TEXT is the text @TEXT; --literal takes all as \
+        they stand.")]
     Join(JoinArguments),
     /// Remove a member from a ring; its lease lives on
     Leave(LeaveArguments),
@@ -62,6 +63,9 @@ pub(crate) struct JoinArguments {
     #[arg(long, value_name = "NUMBER", default_value_t = 1, allow_negative_numbers = true)]
     #[arg(value_parser = argument::weight)]
     weight: u32,
+    /// Take every tag's value as it stands: no files, no standard input
+    #[arg(long)]
+    literal: bool,
     /// Whatever the ring's users want to know of it
     #[arg(value_name = "NAME=VALUE", value_parser = tag)]
     tags: Vec<String>,
@@ -127,7 +131,8 @@ pub(crate) async fn run(command: RingCommand, common: &Common) -> Result<(), Fai
         RingCommand::Locate(arguments) => locate(&rings, arguments, output).await,
         RingCommand::Show(ShowArguments { ring, local }) => {
             let shares = rings.shares(&ring, read_options(local)).await;
-            show(output, &shares.map_err(|error| Failure::naming(error, &named_ring(&ring)))?)
+            let shares = shares.map_err(|error| Failure::naming(error, &named_ring(&ring)))?;
+            show(output, &shares, Now(client.cluster_time()))
         }
     }
 }
@@ -151,10 +156,11 @@ async fn join(
     output: Output,
     patience: Duration,
 ) -> Result<(), Failure> {
-    let JoinArguments { ring, member: name, lease, ttl, address, weight, tags } = arguments;
+    let JoinArguments { ring, member: name, lease, ttl, address, weight, literal, tags } =
+        arguments;
     let what = named_member(&name, &ring);
     let mut member = NewRingMember::new(name).address(address).weight(weight);
-    for (name, value) in argument::tags(&tags, &mut Stdin::default())? {
+    for (name, value) in argument::tags(&tags, literal, &mut Stdin::default())? {
         member = member.tag(name, value);
     }
     let Some(ttl) = ttl else {
@@ -270,7 +276,7 @@ fn located_json(keys: &[String], located: &Located) -> Value {
     })
 }
 
-fn show(output: Output, ring: &RingShares) -> Result<(), Failure> {
+fn show(output: Output, ring: &RingShares, now: Now) -> Result<(), Failure> {
     if output.format == Format::Json {
         let shares = ring
             .members
@@ -285,7 +291,7 @@ fn show(output: Output, ring: &RingShares) -> Result<(), Failure> {
         });
         return output.result("", &json);
     }
-    output.list(&members_table(ring), &[])?;
+    output.list(&members_table(ring, now), &[])?;
     let count = ring.members.len();
     let members = if count == 1 { "member" } else { "members" };
     output::message(&format!(
@@ -295,7 +301,7 @@ fn show(output: Output, ring: &RingShares) -> Result<(), Failure> {
     Ok(())
 }
 
-fn members_table(ring: &RingShares) -> Table {
+fn members_table(ring: &RingShares, now: Now) -> Table {
     let headings = ["MEMBER", "WEIGHT", "SHARE", "ADDRESS", "AGE", "LEASE", "TAGS"];
     let mut table = Table::new(&headings, &[1, 2]);
     for (member, fraction) in &ring.members {
@@ -305,7 +311,7 @@ fn members_table(ring: &RingShares) -> Table {
             member.weight.to_string(),
             format!("{:.2}%", fraction * 100.0),
             printable_or_dash(&member.address),
-            age(member.joined),
+            now.age(member.joined),
             member.lease.to_string(),
             printable_or_dash(&tags.collect::<Vec<_>>().join(" ")),
         ]);
@@ -387,6 +393,6 @@ mod tests {
             "two          2  75.00%  -            -    0123456789abcdef0123456789abcdef  zone=east",
             "",
         ];
-        assert_eq!(members_table(&shares).render(), lines.join("\n"));
+        assert_eq!(members_table(&shares, Now(None)).render(), lines.join("\n"));
     }
 }

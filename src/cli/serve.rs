@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
+use clap::builder::BoolishValueParser;
 use serde::Deserialize;
 
 use super::argument;
@@ -90,7 +91,7 @@ pub(crate) struct ServeArguments {
     initial_cluster: Option<String>,
     /// Listen beyond this machine, though there is no TLS yet
     #[arg(long, env = "QUORATE_INSECURE", num_args = 0..=1, default_missing_value = "true")]
-    #[arg(require_equals = true, value_name = "BOOL")]
+    #[arg(require_equals = true, value_name = "BOOL", value_parser = BoolishValueParser::new())]
     insecure: Option<bool>,
     /// How often the leader says that it is there [default: 100ms]
     #[arg(long, env = "QUORATE_HEARTBEAT_INTERVAL", value_name = "TIME")]

@@ -7,12 +7,12 @@ use super::Common;
 use super::argument::{self, Stdin};
 use super::failure::Failure;
 use super::output::{
-    self, Output, Table, age, length_json, printable, time_json, timeout_text, until, value_json,
+    self, Now, Output, Table, length_json, printable, time_json, timeout_text, value_json,
     value_text,
 };
 use crate::client::{
-    Created, DeleteOptions, ListOptions, NewSession, ReadOptions, Selector, Session, Timeout,
-    Update,
+    Client, Created, DeleteOptions, ListOptions, NewSession, ReadOptions, Selector, Session,
+    Timeout, Update,
 };
 use crate::limits::PAGE_SIZE_MAX;
 
@@ -21,7 +21,8 @@ use crate::limits::PAGE_SIZE_MAX;
 pub(crate) enum SessionCommand {
     /// Create a session and print its id
     #[command(after_help = "Example:\n  \
-        quorate session create --principal alice --idle-timeout 30m theme=dark photo=@me.png")]
+        quorate session create --principal alice --idle-timeout 30m theme=dark photo=@me.png\n  \
+        quorate session create --literal \"handle=$handle\"    # whatever it begins with")]
     Create(CreateArguments),
     /// Print a session
     #[command(after_help = "Example:\n  quorate session get \"$id\" --output json")]
@@ -53,7 +54,10 @@ pub(crate) struct CreateArguments {
     /// End it at this age: 12h, or never [default: the namespace's]
     #[arg(long, value_name = "TIME", value_parser = argument::timeout)]
     absolute_timeout: Option<Timeout>,
-    /// Attributes; NAME=@FILE takes a file, NAME=- standard input
+    /// Take every value as it stands: no files, no standard input
+    #[arg(long)]
+    literal: bool,
+    /// Attributes; NAME=@FILE takes a file, NAME=@@TEXT the text @TEXT, NAME=- standard input
     #[arg(value_name = "NAME=VALUE")]
     attributes: Vec<String>,
 }
@@ -64,7 +68,7 @@ pub(crate) struct SelectArguments {
     /// The session's id, or - to read it from standard input
     #[arg(value_name = "ID")]
     positional: Option<String>,
-    /// The same; the form for an id that begins with a dash
+    /// The same
     #[arg(long, allow_hyphen_values = true, conflicts_with = "positional")]
     id: Option<String>,
     /// The session's handle, in place of its id
@@ -94,10 +98,13 @@ pub(crate) struct GetArguments {
 #[command(override_usage = "quorate session set [OPTIONS] <ID|--id <ID>|--handle <HANDLE>> \
                             [NAME=VALUE]...")]
 pub(crate) struct SetArguments {
-    /// The session's id, or - to read it from standard input; then attributes to set, of which
-    /// NAME=@FILE takes a file and NAME=- standard input
-    #[arg(value_name = "ID] [NAME=VALUE")]
-    positional: Vec<String>,
+    /// The session's id, or - to read it from standard input; or the first of the attributes
+    #[arg(value_name = "ID")]
+    first: Option<String>,
+    /// Attributes to set; NAME=@FILE takes a file, NAME=@@TEXT the text @TEXT, NAME=- standard
+    /// input
+    #[arg(value_name = "NAME=VALUE")]
+    attributes: Vec<String>,
     /// The session's id, in place of the first argument
     #[arg(long, allow_hyphen_values = true)]
     id: Option<String>,
@@ -119,24 +126,24 @@ pub(crate) struct SetArguments {
     /// Its new idle timeout: 30m, or never
     #[arg(long, value_name = "TIME", value_parser = argument::timeout)]
     idle_timeout: Option<Timeout>,
+    /// Take every value as it stands: no files, no standard input
+    #[arg(long)]
+    literal: bool,
 }
 
 impl SetArguments {
     /// What to change, and where. The first argument is the id unless an option names the session.
     fn into_update(self) -> Result<(Selector, Update), Failure> {
         let stdin = &mut Stdin::default();
-        let mut positional = self.positional.as_slice();
-        let mut id = self.id.as_deref();
-        if id.is_none() && self.handle.is_none() {
-            // An id has no "=", so an attribute here means that the id was left out.
-            if let Some((first, rest)) = positional.split_first()
-                && !first.contains('=')
-            {
-                id = Some(first);
-                positional = rest;
-            }
-        }
-        let changes = !positional.is_empty()
+        // An id has no "=", so an attribute as the first word means that the id was left out.
+        let is_id = |first: &String| !first.contains('=');
+        let is_named = self.id.is_some() || self.handle.is_some();
+        let (id, first) = match self.first {
+            Some(first) if !is_named && is_id(&first) => (Some(first), None),
+            first => (self.id, first),
+        };
+        let attributes: Vec<String> = first.into_iter().chain(self.attributes).collect();
+        let changes = !attributes.is_empty()
             || !self.remove.is_empty()
             || self.principal.is_some()
             || self.idle_timeout.is_some();
@@ -144,9 +151,9 @@ impl SetArguments {
             let message = "nothing to set; `quorate session touch` counts an access";
             return Err(Failure::Usage(message.to_owned()));
         }
-        let selector = argument::selector(id, self.handle.as_deref(), stdin)?;
+        let selector = argument::selector(id.as_deref(), self.handle.as_deref(), stdin)?;
         let mut update = Update::new();
-        for (name, value) in argument::attributes(positional, stdin)? {
+        for (name, value) in argument::attributes(&attributes, self.literal, stdin)? {
             update = update.set(name, value);
         }
         update = self.remove.into_iter().fold(update, Update::remove);
@@ -191,7 +198,10 @@ pub(crate) struct ListArguments {
 /// Does what the command says.
 pub(crate) async fn run(command: SessionCommand, common: &Common) -> Result<(), Failure> {
     let output = common.output();
-    let sessions = common.client().build()?.sessions();
+    let client = common.client().build()?;
+    let sessions = client.sessions();
+    // Once a call has been answered.
+    let now = || Now(client.cluster_time());
     match command {
         SessionCommand::Create(arguments) => {
             let created = sessions.create(new_session(arguments)?).await?;
@@ -203,19 +213,21 @@ pub(crate) async fn run(command: SessionCommand, common: &Common) -> Result<(), 
                 options = options.local(0);
             }
             let found = sessions.get_with(arguments.select.selector()?, options).await?;
-            show(output, &found.value, found.revision)
+            show(output, &found.value, found.revision, now())
         }
         SessionCommand::Set(arguments) => {
             let (selector, update) = arguments.into_update()?;
             let updated = sessions.update(selector, update).await?;
-            let text = format!("version {}, expires {}", updated.version, expiry(updated.expires));
+            let text =
+                format!("version {}, expires {}", updated.version, now().expiry(updated.expires));
             let json =
                 json!({ "revision": updated.version, "expire_time": time_json(updated.expires) });
             output.result(&text, &json)
         }
         SessionCommand::Touch(arguments) => {
             let touched = sessions.touch(arguments.selector()?).await?;
-            let text = format!("version {}, expires {}", touched.version, expiry(touched.expires));
+            let text =
+                format!("version {}, expires {}", touched.version, now().expiry(touched.expires));
             let json = json!({
                 "revision": touched.revision,
                 "version": touched.version,
@@ -232,7 +244,7 @@ pub(crate) async fn run(command: SessionCommand, common: &Common) -> Result<(), 
             output
                 .result(&format!("deleted at revision {revision}"), &json!({"revision": revision}))
         }
-        SessionCommand::List(arguments) => list(&sessions, arguments, output).await,
+        SessionCommand::List(arguments) => list(&client, arguments, output).await,
     }
 }
 
@@ -242,7 +254,7 @@ fn new_session(arguments: CreateArguments) -> Result<NewSession, Failure> {
     if let Some(id) = &arguments.id {
         session = session.id(argument::session_id(id, stdin)?);
     }
-    for (name, value) in argument::attributes(&arguments.attributes, stdin)? {
+    for (name, value) in argument::attributes(&arguments.attributes, arguments.literal, stdin)? {
         session = session.attribute(name, value);
     }
     if let Some(principal) = arguments.principal {
@@ -257,11 +269,7 @@ fn new_session(arguments: CreateArguments) -> Result<NewSession, Failure> {
     Ok(session)
 }
 
-async fn list(
-    sessions: &crate::client::Sessions,
-    arguments: ListArguments,
-    output: Output,
-) -> Result<(), Failure> {
+async fn list(client: &Client, arguments: ListArguments, output: Output) -> Result<(), Failure> {
     let page_size = arguments.limit.min(PAGE_SIZE_MAX);
     let mut options = ListOptions::new().page_size(u32::try_from(page_size).unwrap_or(u32::MAX));
     if let Some(principal) = arguments.principal {
@@ -270,7 +278,7 @@ async fn list(
     let mut found = Vec::new();
     let mut next = None;
     let more = loop {
-        let page = sessions.list(&options, next).await?;
+        let page = client.sessions().list(&options, next).await?;
         found.extend(page.sessions);
         next = page.next;
         if found.len() >= arguments.limit || next.is_none() {
@@ -278,6 +286,7 @@ async fn list(
         }
     };
     found.truncate(arguments.limit);
+    let now = Now(client.cluster_time());
     let mut table =
         Table::new(&["HANDLE", "PRINCIPAL", "VERSION", "SIZE", "AGE", "EXPIRES IN"], &[2, 3]);
     for session in &found {
@@ -286,8 +295,8 @@ async fn list(
             if session.principal.is_empty() { "-".into() } else { printable(&session.principal) },
             session.version.to_string(),
             output::bytes(session.size_bytes),
-            age(session.created),
-            until(session.expires),
+            now.age(session.created),
+            now.until(session.expires),
         ]);
     }
     let objects: Vec<Value> =
@@ -299,7 +308,7 @@ async fn list(
     Ok(())
 }
 
-fn show(output: Output, session: &Session, revision: u64) -> Result<(), Failure> {
+fn show(output: Output, session: &Session, revision: u64, now: Now) -> Result<(), Failure> {
     let mut table = Table::plain();
     let none = || "-".to_owned();
     let principal =
@@ -308,11 +317,15 @@ fn show(output: Output, session: &Session, revision: u64) -> Result<(), Failure>
     table.row(["namespace", &printable(&session.namespace)]);
     table.row(["principal", &principal]);
     table.row(["version", &session.version.to_string()]);
-    table.row(["age", &age(session.created)]);
-    table.row(["last access", &session.last_access.map_or_else(none, |_| ago(session))]);
+    table.row(["age", &now.age(session.created)]);
+    let ago = |time| match now {
+        Now(Some(_)) => format!("{} ago", now.age(Some(time))),
+        Now(None) => output::time_text(time),
+    };
+    table.row(["last access", &session.last_access.map_or_else(none, ago)]);
     table.row(["idle timeout", &timeout_text(session.idle_timeout)]);
     table.row(["absolute timeout", &timeout_text(session.absolute_timeout)]);
-    table.row(["expires", &expiry(session.expires)]);
+    table.row(["expires", &now.expiry(session.expires)]);
     table.row(["size", &output::bytes(session.size_bytes)]);
     let mut text = table.render();
     if !session.attributes.is_empty() {
@@ -325,17 +338,6 @@ fn show(output: Output, session: &Session, revision: u64) -> Result<(), Failure>
     }
     let json = json!({ "revision": revision, "session": session_json(session, true) });
     output.result(text.trim_end(), &json)
-}
-
-fn ago(session: &Session) -> String {
-    format!("{} ago", age(session.last_access))
-}
-
-fn expiry(time: Option<std::time::SystemTime>) -> String {
-    match until(time).as_str() {
-        word @ ("never" | "now") => word.to_owned(),
-        length => format!("in {length}"),
-    }
 }
 
 fn created_json(created: &Created) -> Value {
@@ -372,8 +374,6 @@ fn session_json(session: &Session, with_attributes: bool) -> Map<String, Value> 
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, SystemTime};
-
     use clap::Parser;
 
     use super::*;
@@ -437,11 +437,5 @@ mod tests {
         });
         assert_eq!(Value::Object(session_json(&session, true)), expected);
         assert!(!session_json(&session, false).contains_key("attributes"));
-    }
-
-    #[test]
-    fn an_expiry_is_said_in_words() {
-        assert_eq!(expiry(None), "never");
-        assert_eq!(expiry(Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1))), "now");
     }
 }

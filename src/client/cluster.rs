@@ -1,9 +1,7 @@
 //! What an operator asks of the cluster and of single nodes.
 
-use std::time::Duration;
-
 use super::Client;
-use super::connection::{open_channel, timed};
+use super::connection::{DialError, open_channel, timed};
 use super::error::{Error, Failure};
 use crate::proto::v1;
 use crate::proto::v1::cluster_service_client::ClusterServiceClient;
@@ -29,23 +27,26 @@ impl Client {
             let connection = self.pool.connection().await?;
             connection.describe(self.timeout).await.map_err(into_error)
         };
-        within(self.timeout, asking).await
+        tokio::time::timeout(self.timeout, asking).await.unwrap_or_else(|_| {
+            let why = self.pool.failures().map_or_else(String::new, |why| format!(": {why}"));
+            Err(Error::unavailable(format!("no answer within {:?}{why}", self.timeout)))
+        })
     }
 
     /// The state of the node at `endpoint` (`host:port`), and of no other.
     ///
     /// # Errors
     ///
-    /// [`Error::Unavailable`] when it does not answer within the timeout.
+    /// [`Error::Unavailable`], naming the endpoint, when it does not answer within the timeout.
     pub async fn status(&self, endpoint: &str) -> Result<v1::StatusResponse, Error> {
         let asking = async {
-            let channel =
-                open_channel(endpoint, self.timeout).await.map_err(|error| error.at(endpoint))?;
+            let channel = open_channel(endpoint, self.timeout).await?;
             let call = timed(v1::StatusRequest {}, self.timeout);
-            let answer = ClusterServiceClient::new(channel).status(call).await;
-            answer.map(tonic::Response::into_inner).map_err(|status| from_status(&status))
+            Ok(ClusterServiceClient::new(channel).status(call).await?.into_inner())
         };
-        within(self.timeout, asking).await
+        let asked = tokio::time::timeout(self.timeout, asking).await;
+        let late = |_| Err(DialError::late(self.timeout));
+        asked.unwrap_or_else(late).map_err(|error| error.at(endpoint))
     }
 
     /// Forms a cluster of nodes that were started without knowing of one another, by way of the
@@ -88,18 +89,6 @@ impl Client {
         }
         Err(last)
     }
-}
-
-async fn within<T>(
-    timeout: Duration,
-    asking: impl Future<Output = Result<T, Error>>,
-) -> Result<T, Error> {
-    let waited = |_| Err(Error::unavailable(format!("no answer within {timeout:?}")));
-    tokio::time::timeout(timeout, asking).await.unwrap_or_else(waited)
-}
-
-fn from_status(status: &tonic::Status) -> Error {
-    into_error(Failure::from_status(status))
 }
 
 fn into_error(failure: Failure) -> Error {

@@ -1,12 +1,13 @@
 //! One connection to one node, and how it is made.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Request as Call, Status};
+use tonic::{Code, Request as Call, Status};
 
 use super::error::{Error, Failure, transport_message};
 use super::pipeline::Pipeline;
@@ -43,7 +44,7 @@ impl Connection {
         address: &str,
         transport: Transport,
         timeout: Duration,
-    ) -> Result<(Self, DescribeResponse), Error> {
+    ) -> Result<(Self, DescribeResponse), DialError> {
         let dialling = async {
             let channel = open_channel(address, timeout).await?;
             let (pipeline, hello) = match transport {
@@ -56,12 +57,8 @@ impl Connection {
             Ok::<_, DialError>((channel, pipeline, hello))
         };
         let dialled = tokio::time::timeout(timeout, dialling).await;
-        let (channel, pipeline, hello) = dialled
-            .unwrap_or_else(|_| {
-                let message = format!("no answer within {timeout:?}");
-                Err(DialError::Status(Status::deadline_exceeded(message)))
-            })
-            .map_err(|error| error.at(address))?;
+        let (channel, pipeline, hello) =
+            dialled.unwrap_or_else(|_| Err(DialError::late(timeout)))?;
         let connection = Self {
             address: address.to_owned(),
             node_id: hello.node_id,
@@ -101,9 +98,14 @@ impl Connection {
             Ok(Ok(described)) => Ok(described),
             Ok(Err(status)) => Err(Failure::from_status(&status)),
             Err(_) => Err(Failure::Unknown(Error::DeadlineExceeded {
-                message: format!("{} did not answer", self.address),
+                message: format!("{}: no answer within {timeout:?}", self.address),
             })),
         }
+    }
+
+    /// The node, for people.
+    pub(super) fn name(&self) -> String {
+        format!("node {} at {}", self.node_id, self.address)
     }
 
     async fn call_unary(
@@ -123,7 +125,7 @@ impl Connection {
             Err(_) => {
                 // The channel may be fine, but another is cheap and this one has not shown it.
                 self.lost.store(true, Ordering::Relaxed);
-                let message = format!("{} did not answer", self.address);
+                let message = "no answer".to_owned();
                 Err(Failure::Unknown(Error::DeadlineExceeded { message }))
             }
         }
@@ -132,8 +134,7 @@ impl Connection {
 
 /// A channel to `address`, connected, for calls outside the pool.
 pub(super) async fn open_channel(address: &str, timeout: Duration) -> Result<Channel, DialError> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}"))
-        .map_err(DialError::Transport)?
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))?
         .connect_timeout(timeout)
         .tcp_nodelay(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -141,7 +142,7 @@ pub(super) async fn open_channel(address: &str, timeout: Duration) -> Result<Cha
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true);
-    endpoint.connect().await.map_err(DialError::Transport)
+    Ok(endpoint.connect().await?)
 }
 
 async fn describe(channel: Channel, timeout: Duration) -> Result<DescribeResponse, Status> {
@@ -157,28 +158,55 @@ pub(super) fn timed<M>(message: M, timeout: Duration) -> Call<M> {
 }
 
 /// Why there is no connection.
-#[derive(Debug)]
-pub(super) enum DialError {
-    Transport(tonic::transport::Error),
-    Status(Status),
+#[derive(Clone, Debug)]
+pub(super) struct DialError {
+    /// In words, without the address.
+    pub(super) message: String,
+    /// Whether that is how it is, for as long as nobody changes anything: nobody listens there, or
+    /// somebody else.
+    pub(super) is_refusal: bool,
 }
 
 impl DialError {
+    /// Nothing was heard in that time.
+    pub(super) fn late(timeout: Duration) -> Self {
+        Self { message: format!("no answer within {timeout:?}"), is_refusal: false }
+    }
+
     /// As the caller sees it.
     pub(super) fn at(&self, address: &str) -> Error {
-        let message = match self {
-            Self::Transport(error) => transport_message(error),
-            Self::Status(status) if std::error::Error::source(status).is_some() => {
-                transport_message(status)
-            }
-            Self::Status(status) => status.message().to_owned(),
-        };
-        Error::unavailable(format!("{address}: {message}"))
+        Error::unavailable(format!("{address}: {}", self.message))
+    }
+}
+
+impl From<tonic::transport::Error> for DialError {
+    fn from(error: tonic::transport::Error) -> Self {
+        let refused = |cause: &io::Error| cause.kind() == io::ErrorKind::ConnectionRefused;
+        let is_refusal = io_cause(&error).is_some_and(refused);
+        Self { message: transport_message(&error), is_refusal }
     }
 }
 
 impl From<Status> for DialError {
     fn from(status: Status) -> Self {
-        Self::Status(status)
+        if std::error::Error::source(&status).is_some() {
+            let message = format!(
+                "it takes connections and does not answer in gRPC ({}); is that a node's port?",
+                transport_message(&status)
+            );
+            return Self { message, is_refusal: false };
+        }
+        // Of all that nodes serve only their clients' port has these methods.
+        if status.code() == Code::Unimplemented {
+            let message = "it serves gRPC, but not the clients of Quorate: is that the port for \
+                           peers (7500 by default)? name the one for clients (7400 by default)";
+            return Self { message: message.to_owned(), is_refusal: true };
+        }
+        Self { message: status.message().to_owned(), is_refusal: false }
     }
+}
+
+fn io_cause<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a io::Error> {
+    let causes = std::iter::successors(Some(error), |cause| cause.source());
+    causes.filter_map(|cause| cause.downcast_ref()).last()
 }

@@ -233,6 +233,25 @@ impl Failure {
         Self::Unknown(Error::unavailable(message))
     }
 
+    /// The same, saying which node it was that failed, or could do nothing.
+    pub(super) fn of_node(mut self, node: &str) -> Self {
+        let (Self::NotApplied { error, .. } | Self::NotSent(error) | Self::Unknown(error)) =
+            &mut self
+        else {
+            return self;
+        };
+        match error {
+            Error::Unavailable { reason, message } if reason == "NO_LEADER" => {
+                *message = format!("{node} answers, but no majority of the voters does");
+            }
+            Error::Unavailable { message, .. } | Error::DeadlineExceeded { message } => {
+                *message = format!("{node}: {message}");
+            }
+            _ => {}
+        }
+        self
+    }
+
     /// An error that came through the pipeline.
     pub(super) fn from_pipeline(error: PipelineError) -> Self {
         let code = i32::try_from(error.code).map_or(Code::Unknown, Code::from_i32);

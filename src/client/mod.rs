@@ -59,7 +59,8 @@
 //! A request goes to the leader where one is known, and to any node else. A call returns when it
 //! has an outcome or its timeout has passed; in between it tries again by itself, safely: what is
 //! sent twice happens once. A write of which nobody can tell any more whether it was applied fails
-//! with [`Error::OutcomeUnknown`], and with nothing else.
+//! with [`Error::OutcomeUnknown`], and with nothing else. A client whose endpoints all refuse its
+//! very first call does not wait: nobody listens there, or somebody else.
 //!
 //! Requests share a few connections, each with one [pipeline](Transport::Pipeline); a client and
 //! its clones share those. All of it runs on the tokio runtime that makes the calls.
@@ -91,8 +92,9 @@ mod time;
 mod unary;
 
 use std::fmt;
+use std::net::Ipv6Addr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crate::clock::{Clock, SystemClock};
 use crate::limits::{NAMESPACE_BYTES_MAX, REQUEST_BYTES_MAX, REQUEST_TIMEOUT_DEFAULT};
@@ -195,6 +197,18 @@ impl Client {
         Self { timeout, ..self.clone() }
     }
 
+    /// Where this client looks for the cluster first: its endpoints, as `host:port`.
+    pub fn endpoints(&self) -> Vec<String> {
+        self.pool.endpoints()
+    }
+
+    /// What time it is in the cluster, which judges expiries and ages: as a node has told, and as
+    /// this machine's monotonic clock has gone on since. `None` while no node has told anything.
+    pub fn cluster_time(&self) -> Option<SystemTime> {
+        let millis = u64::try_from(self.pool.time.now()?).ok()?;
+        SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(millis))
+    }
+
     /// Returns when nothing is under way any more that this client and its clones do in the
     /// background because something was dropped: a guard's lock is given back, an Acquire
     /// cancelled, a lease revoked. A short-lived program waits for it before it ends, as its end
@@ -247,8 +261,9 @@ impl Default for Options {
 }
 
 impl ClientBuilder {
-    /// Where to find the cluster: `host:port` of one node or, better, several. The other nodes
-    /// are learnt from those. Default: `127.0.0.1:7400`.
+    /// Where to find the cluster: `host:port` of one node or, better, several; several may also
+    /// come as one text, with commas between them. The other nodes are learnt from those. Default:
+    /// `127.0.0.1:7400`.
     pub fn endpoints(mut self, endpoints: impl IntoIterator<Item: Into<String>>) -> Self {
         self.options.endpoints = endpoints.into_iter().map(Into::into).collect();
         self
@@ -303,11 +318,11 @@ impl ClientBuilder {
     /// [`Error::Configuration`] and [`Error::InvalidArgument`] when an option cannot work.
     pub fn build(mut self) -> Result<Client, Error> {
         let configuration = |message: String| Err(Error::Configuration { message });
+        let endpoints = self.options.endpoints.iter().flat_map(|endpoint| endpoint.split(','));
+        let endpoints = endpoints.map(str::trim).filter(|endpoint| !endpoint.is_empty());
+        self.options.endpoints = endpoints.map(check_endpoint).collect::<Result<_, Error>>()?;
         if self.options.endpoints.is_empty() {
-            return configuration("at least one endpoint is needed".into());
-        }
-        for endpoint in &mut self.options.endpoints {
-            *endpoint = check_endpoint(endpoint)?;
+            return configuration("at least one endpoint is needed, as host:port".into());
         }
         if !(1..=CONNECTIONS_MAX).contains(&self.options.connections) {
             return configuration(format!("connections must be 1 to {CONNECTIONS_MAX}"));
@@ -335,7 +350,8 @@ impl ClientBuilder {
     ///
     /// # Errors
     ///
-    /// As [`ClientBuilder::build`], and [`Error::Unavailable`] when no node can be reached.
+    /// As [`ClientBuilder::build`], and [`Error::Unavailable`] when no node can be reached: then
+    /// its message names each endpoint, and why.
     pub async fn connect(self) -> Result<Client, Error> {
         let client = self.build()?;
         client.pool.connection().await?;
@@ -350,14 +366,34 @@ fn check_endpoint(endpoint: &str) -> Result<String, Error> {
         return configuration(format!("{endpoint}: there is no TLS yet, use http://"));
     }
     let address = endpoint.strip_prefix("http://").unwrap_or(endpoint).trim_end_matches('/');
-    let valid = address.rsplit_once(':').is_some_and(|(host, port)| {
-        let host_valid = !host.is_empty() && !host.contains(['/', ' ', '@', '?', '#']);
-        host_valid && port.parse::<u16>().is_ok_and(|port| port != 0)
-    });
-    if !valid {
-        return configuration(format!("{endpoint:?} is not host:port"));
+    match check_address(address) {
+        Ok(()) => Ok(address.to_owned()),
+        Err(message) => configuration(format!("endpoint {message}")),
     }
-    Ok(address.to_owned())
+}
+
+/// Whether `text` is `host:port`, of a name, an IPv4 address, or an IPv6 address in brackets; else
+/// what is wrong with it.
+pub(crate) fn check_address(text: &str) -> Result<(), String> {
+    let right = "write it as host:port, like 127.0.0.1:7400 or [::1]:7400";
+    let Some((host, port)) = text.rsplit_once(':') else {
+        return Err(format!("{text:?} has no port; {right}"));
+    };
+    if !port.parse::<u16>().is_ok_and(|port| port != 0) {
+        return Err(format!("{text:?} has no port between 1 and 65535; {right}"));
+    }
+    let is_name = |host: &str| {
+        !host.is_empty() && host.bytes().all(|c| c.is_ascii_alphanumeric() || b".-_".contains(&c))
+    };
+    let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    match bracketed {
+        Some(address) if address.parse::<Ipv6Addr>().is_ok() => Ok(()),
+        None if is_name(host) => Ok(()),
+        None if host.parse::<Ipv6Addr>().is_ok() => {
+            Err(format!("{text:?} is not clear: an IPv6 address has brackets, [{host}]:{port}"))
+        }
+        _ => Err(format!("{text:?} is no address; {right}")),
+    }
 }
 
 fn check_namespace(namespace: &str) -> Result<(), Error> {

@@ -44,6 +44,9 @@ use crate::proto::v1::{DescribeResponse, PipelineRequest, PipelineResponse};
 /// How long a server may owe an answer beyond the request's own timeout, while it answers others,
 /// before the connection is taken for broken.
 const ANSWER_GRACE: Duration = Duration::from_secs(30);
+/// How much sooner than at the caller's deadline the server is to answer: a reason that comes later
+/// is heard by nobody.
+const ANSWER_MARGIN_MAX: Duration = Duration::from_millis(50);
 /// Answers handed out before the reader lets other tasks run.
 const ANSWERS_BURST_MAX: usize = 1_024;
 const PATH: &str = "/quorate.v1.PipelineService/Pipeline";
@@ -199,6 +202,7 @@ impl Shared {
         };
         let (sender, answer) = oneshot::channel();
         state.slots[index as usize] = Slot::Waiting { answer: sender, sent, deadline, in_line };
+        let timeout = timeout - (timeout / 4).min(ANSWER_MARGIN_MAX);
         state.queue.push_back(Outgoing { correlation_id: u64::from(index) + 1, timeout, request });
         let writer = state.writer.take();
         let reader = if state.alarm.is_none_or(|alarm| deadline < alarm) {
@@ -296,7 +300,7 @@ impl Shared {
         *alarm = next;
         drop(state);
         for answer in overdue {
-            let error = Error::DeadlineExceeded { message: "the server did not answer".into() };
+            let error = Error::DeadlineExceeded { message: "no answer".into() };
             let _ = answer.send(Err(Failure::Unknown(error)));
         }
         broken.map_or(Ok(()), Err)

@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::connection::Connection;
+use super::connection::{Connection, DialError};
 use super::error::Error;
 use super::time::ClusterTime;
 use super::{Options, Transport};
@@ -30,6 +30,8 @@ const UNREACHABLE_FOR: Duration = Duration::from_secs(1);
 const COMPLAINT_FOR: Duration = Duration::from_millis(100);
 /// How long a connection is kept even though its node cannot serve.
 const CONNECTION_TRIAL: Duration = Duration::from_millis(50);
+/// How long it is told that a node could not be reached: it is tried again only if need be.
+const FAILURE_TOLD_FOR: Duration = Duration::from_secs(30);
 /// Pause after a round through all nodes that found none.
 const ROUND_PAUSE: Duration = Duration::from_millis(20);
 /// Most addresses that are learnt beside those configured.
@@ -56,7 +58,22 @@ enum Slot {
     Connecting,
     Ready(Arc<Connection>),
     /// The last round through all nodes found none.
-    Failed(Error),
+    Failed(Unreached),
+}
+
+/// That no node could be reached.
+#[derive(Clone)]
+pub(super) struct Unreached {
+    pub(super) error: Error,
+    /// Whether to ask again is of no use: every address has refused, and none ever did anything
+    /// else. Where a node was reached before, it may be back in a moment.
+    pub(super) is_final: bool,
+}
+
+impl Unreached {
+    fn of(error: Error) -> Self {
+        Self { error, is_final: false }
+    }
 }
 
 /// What is known of the nodes.
@@ -68,6 +85,11 @@ struct Routes {
     leader: Option<Leader>,
     /// Addresses to be asked last, until then.
     shunned: BTreeMap<String, Instant>,
+    /// Why the addresses that could not be reached when they were last tried could not, and when
+    /// that was.
+    failures: BTreeMap<String, (Instant, DialError)>,
+    /// Whether any node was ever reached.
+    has_reached: bool,
 }
 
 #[derive(Clone)]
@@ -87,6 +109,8 @@ impl Pool {
                 learnt: Vec::new(),
                 leader: None,
                 shunned: BTreeMap::new(),
+                failures: BTreeMap::new(),
+                has_reached: false,
             }),
             time: ClusterTime::new(clock),
             transport: options.transport,
@@ -109,25 +133,29 @@ impl Pool {
     pub(super) async fn connection(self: &Arc<Self>) -> Result<Arc<Connection>, Error> {
         match self.ready_connection() {
             Ok(connection) => Ok(connection),
-            Err(index) => self.connect(index).await,
+            Err(index) => self.connect(index).await.map_err(|unreached| unreached.error),
         }
     }
 
     /// Connection `index` once it is up; an error when no node could be reached.
-    pub(super) async fn connect(self: &Arc<Self>, index: usize) -> Result<Arc<Connection>, Error> {
+    pub(super) async fn connect(
+        self: &Arc<Self>,
+        index: usize,
+    ) -> Result<Arc<Connection>, Unreached> {
+        let failed = |message| Err(Unreached::of(Error::unavailable(message)));
         let mut watched = self.slots[index].subscribe();
         self.start_connecting(index);
         loop {
             match &*watched.borrow_and_update() {
                 Slot::Ready(connection) if !connection.is_closed() => return Ok(connection.clone()),
-                Slot::Failed(error) => return Err(error.clone()),
+                Slot::Failed(unreached) => return Err(unreached.clone()),
                 Slot::Connecting => {}
                 Slot::Idle | Slot::Ready(_) => {
-                    return Err(Error::unavailable("the connection was lost at once"));
+                    return failed("the connection was lost at once");
                 }
             }
             if watched.changed().await.is_err() {
-                return Err(Error::unavailable("the client was closed"));
+                return failed("the client was closed");
             }
         }
     }
@@ -181,6 +209,11 @@ impl Pool {
         self.routes().candidates(Instant::now())
     }
 
+    /// The addresses that it was configured with.
+    pub(super) fn endpoints(&self) -> Vec<String> {
+        self.routes().configured.clone()
+    }
+
     fn start_connecting(self: &Arc<Self>, index: usize) {
         let started = self.slots[index].send_if_modified(|slot| {
             let start = match slot {
@@ -198,10 +231,10 @@ impl Pool {
             tokio::spawn(async move {
                 let slot = match pool.dial_best().await {
                     Ok(connection) => Slot::Ready(Arc::new(connection)),
-                    Err(error) => {
+                    Err(unreached) => {
                         // However many callers keep asking, the next round waits this long.
                         tokio::time::sleep(ROUND_PAUSE).await;
-                        Slot::Failed(error)
+                        Slot::Failed(unreached)
                     }
                 };
                 pool.slots[index].send_replace(slot);
@@ -210,22 +243,25 @@ impl Pool {
     }
 
     /// The leader if it can be found, else any node that answers.
-    async fn dial_best(&self) -> Result<Connection, Error> {
-        let mut last = Error::unavailable("there is no endpoint");
+    async fn dial_best(&self) -> Result<Connection, Unreached> {
         for address in self.addresses() {
-            let connection = match self.dial(&address).await {
-                Ok(connection) => connection,
-                Err(error) => {
-                    last = error;
-                    continue;
-                }
-            };
+            let Ok(connection) = self.dial(&address).await else { continue };
             // The node may know a better one. Its word is taken once: two that each name the
             // other would send us round in circles.
             let Some(leader) = self.leader_to_try(&connection) else { return Ok(connection) };
             return Ok(self.dial(&leader).await.unwrap_or(connection));
         }
-        Err(last)
+        Err(self.routes().unreached(Instant::now()))
+    }
+
+    /// Which addresses could not be reached when they were last tried, of late, and why.
+    pub(super) fn failures(&self) -> Option<String> {
+        self.routes().failures_text(Instant::now())
+    }
+
+    /// Whether the client knows that there is a cluster.
+    pub(super) fn knows_cluster(&self) -> bool {
+        self.routes().cluster_id.is_some()
     }
 
     /// The leader's address, unless `connection` leads there or it was unreachable just now.
@@ -237,10 +273,11 @@ impl Pool {
         (other && reachable).then(|| leader.address.clone())
     }
 
-    async fn dial(&self, address: &str) -> Result<Connection, Error> {
+    async fn dial(&self, address: &str) -> Result<Connection, DialError> {
         match Connection::dial(address, self.transport, self.connect_timeout).await {
             Ok((connection, hello)) => {
                 tracing::debug!(address, node = hello.node_id, "connected");
+                self.routes().reached(address);
                 self.routes().check_cluster(address, &hello)?;
                 self.learn(&hello);
                 // Sooner than usual if this is not the leader.
@@ -251,9 +288,8 @@ impl Pool {
                 Ok(connection)
             }
             Err(error) => {
-                tracing::debug!(address, %error, "could not connect");
-                let until = Instant::now() + UNREACHABLE_FOR;
-                self.routes().shunned.insert(address.to_owned(), until);
+                tracing::debug!(address, error = error.message, "could not connect");
+                self.routes().failed(address, error.clone(), Instant::now());
                 Err(error)
             }
         }
@@ -311,7 +347,7 @@ impl Routes {
     /// The first node that belongs to a cluster says which one this client speaks to, for good. A
     /// node of another one is at the wrong address, and what is written there is lost to the
     /// others.
-    fn check_cluster(&mut self, address: &str, hello: &DescribeResponse) -> Result<(), Error> {
+    fn check_cluster(&mut self, address: &str, hello: &DescribeResponse) -> Result<(), DialError> {
         if hello.cluster_id.is_empty() {
             return Ok(());
         }
@@ -320,12 +356,44 @@ impl Routes {
             return Ok(());
         }
         let message = format!(
-            "{address} belongs to cluster {}, and the other endpoints to {pinned}",
+            "it belongs to cluster {}, and the other endpoints to {pinned}",
             hello.cluster_id
         );
-        let until = Instant::now() + UNREACHABLE_FOR;
-        self.shunned.insert(address.to_owned(), until);
-        Err(Error::Unavailable { reason: "WRONG_CLUSTER".to_owned(), message })
+        let error = DialError { message, is_refusal: false };
+        self.failed(address, error.clone(), Instant::now());
+        Err(error)
+    }
+
+    fn reached(&mut self, address: &str) {
+        self.has_reached = true;
+        self.failures.remove(address);
+    }
+
+    fn failed(&mut self, address: &str, error: DialError, now: Instant) {
+        self.shunned.insert(address.to_owned(), now + UNREACHABLE_FOR);
+        self.failures.insert(address.to_owned(), (now, error));
+    }
+
+    /// That no address could be reached.
+    fn unreached(&self, now: Instant) -> Unreached {
+        let addresses = || self.configured.iter().chain(&self.learnt);
+        let refused = |address| self.failures.get(address).is_some_and(|(_, it)| it.is_refusal);
+        let message = self.failures_text(now).unwrap_or_else(|| "no node was reached".to_owned());
+        Unreached {
+            error: Error::unavailable(message),
+            is_final: !self.has_reached && addresses().all(refused),
+        }
+    }
+
+    /// The failures, those together that are alike.
+    fn failures_text(&self, now: Instant) -> Option<String> {
+        let mut alike: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        let recent = self.failures.iter().filter(|(_, (at, _))| now < *at + FAILURE_TOLD_FOR);
+        for (address, (_, error)) in recent {
+            alike.entry(&error.message).or_default().push(address);
+        }
+        let texts = alike.into_iter().map(|(why, who)| format!("{}: {why}", who.join(", ")));
+        Some(texts.collect::<Vec<_>>().join("; ")).filter(|text| !text.is_empty())
     }
 
     fn learn(&mut self, hello: &DescribeResponse) {
@@ -375,6 +443,8 @@ mod tests {
             learnt: Vec::new(),
             leader: None,
             shunned: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            has_reached: false,
         }
     }
 
@@ -418,9 +488,32 @@ mod tests {
         assert!(routes.check_cluster("a:1", &of("c")).is_ok());
         assert!(routes.check_cluster("b:1", &of("c")).is_ok());
         let error = routes.check_cluster("b:1", &of("d")).unwrap_err();
-        assert_eq!(error.reason(), "WRONG_CLUSTER");
+        assert!(error.message.contains("cluster d"), "{error:?}");
         assert_eq!(routes.candidates(Instant::now()), ["a:1", "b:1"]);
         assert!(routes.is_shunned("b:1", Instant::now()));
+    }
+
+    #[test]
+    fn that_all_refuse_is_final_unless_one_was_reached() {
+        let now = Instant::now();
+        let refusal = || DialError { message: "refused".to_owned(), is_refusal: true };
+        let mut routes = routes();
+        routes.failed("b:1", refusal(), now);
+        assert!(!routes.unreached(now).is_final, "one has not been tried");
+        routes.failed("a:1", refusal(), now);
+        let unreached = routes.unreached(now);
+        assert!(unreached.is_final);
+        assert_eq!(unreached.error.to_string(), "a:1, b:1: refused");
+        let late = DialError { message: "no answer".to_owned(), is_refusal: false };
+        routes.failed("b:1", late, now);
+        let unreached = routes.unreached(now);
+        assert!(!unreached.is_final, "one may answer yet");
+        assert_eq!(unreached.error.to_string(), "b:1: no answer; a:1: refused");
+        routes.reached("b:1");
+        assert_eq!(routes.failures_text(now).as_deref(), Some("a:1: refused"));
+        assert_eq!(routes.failures_text(now + FAILURE_TOLD_FOR), None);
+        routes.failed("b:1", refusal(), now);
+        assert!(!routes.unreached(now).is_final, "it was there, and may be back");
     }
 
     #[test]

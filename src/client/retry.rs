@@ -80,7 +80,7 @@ impl Client {
             let delay = match failure {
                 Failure::Final(error) => return Err(progress.conclude(error, is_write)),
                 Failure::NotApplied { error, delay, .. } => progress.note(error, delay),
-                Failure::NotSent(error) => progress.note(error, None),
+                Failure::NotSent(error) => progress.note_unsent(error),
                 Failure::Pending(error) => {
                     // Nothing went wrong: it is asked for again at once.
                     progress.maybe_applied = true;
@@ -94,7 +94,7 @@ impl Client {
             };
             let pause = self.backoff(progress.failures).max(delay);
             if Instant::now() + pause >= deadline {
-                return Err(progress.give_up(is_write, patience.total));
+                return Err(progress.give_up(is_write, patience.total, self.pool.failures()));
             }
             tokio::time::sleep(pause).await;
             now = Instant::now();
@@ -115,11 +115,15 @@ impl Client {
                 let connecting = self.pool.connect(index);
                 let connected = tokio::time::timeout_at(deadline, connecting).await;
                 now = Instant::now();
-                // What an earlier attempt was told says more.
-                let told = progress.last.clone();
-                let late =
-                    |_| Err(told.unwrap_or_else(|| Error::unavailable("no node could be reached")));
-                connected.unwrap_or_else(late).map_err(Failure::NotSent)?
+                let late = || {
+                    let why = self.pool.failures();
+                    let why = why.unwrap_or_else(|| "no node could be reached".to_owned());
+                    Failure::NotSent(Error::unavailable(why))
+                };
+                connected.map_err(|_| late())?.map_err(|unreached| match unreached.is_final {
+                    true => Failure::Final(unreached.error),
+                    false => Failure::NotSent(unreached.error),
+                })?
             }
         };
         self.pool.refresh_if_due(&connection, now);
@@ -127,7 +131,11 @@ impl Client {
         // Copies the request only if the attempt before is still in the transport's hands.
         if !progress.dated {
             let dated = self.date(Arc::make_mut(request), patience.lifetime);
-            dated.inspect_err(|_| self.pool.complain(&connection))?;
+            dated.map_err(|error| {
+                self.pool.complain(&connection);
+                let failure = Failure::NotApplied { error, delay: None, elsewhere: true };
+                failure.of_node(&connection.name())
+            })?;
             progress.dated = true;
         } else if progress.sent
             && let Some(Some(context)) = context(Arc::make_mut(request))
@@ -143,17 +151,20 @@ impl Client {
             Err(Failure::Unknown(_)) => self.pool.complain(&connection),
             _ => {}
         }
-        result
+        result.map_err(|failure| failure.of_node(&connection.name()))
     }
 
     /// Names a write, unless it has a name, and dates it.
-    fn date(&self, request: &mut Request, lifetime: Duration) -> Result<(), Failure> {
+    fn date(&self, request: &mut Request, lifetime: Duration) -> Result<(), Error> {
         let Some(context) = context(request) else { return Ok(()) };
         let Some(now) = self.pool.time.now() else {
-            return Err(Failure::NotSent(Error::Unavailable {
-                reason: "NOT_INITIALIZED".to_owned(),
-                message: "the node belongs to no cluster yet, or has not heard its time".to_owned(),
-            }));
+            // A node that has started and heard of no leader does not know the cluster's time.
+            let (reason, message) = match self.pool.knows_cluster() {
+                true => ("NO_LEADER", "it has not heard of a leader since it started"),
+                false => ("NOT_INITIALIZED", "it belongs to no cluster yet"),
+            };
+            let (reason, message) = (reason.to_owned(), message.to_owned());
+            return Err(Error::Unavailable { reason, message });
         };
         let lifetime = lifetime.min(EXPIRE_AFTER_MAX);
         let expiry = now.saturating_add(i64::try_from(lifetime.as_millis()).unwrap_or(i64::MAX));
@@ -198,6 +209,8 @@ pub(super) struct Progress {
     pub(super) maybe_applied: bool,
     failures: u32,
     last: Option<Error>,
+    /// Whether that is about what was sent.
+    told: bool,
 }
 
 impl Progress {
@@ -209,7 +222,17 @@ impl Progress {
     fn note(&mut self, error: Error, delay: Option<Duration>) -> Duration {
         self.failures = self.failures.saturating_add(1);
         self.last = Some(error);
+        self.told = true;
         delay.unwrap_or_default()
+    }
+
+    /// Nothing was sent, of which what a node has said before says more.
+    fn note_unsent(&mut self, error: Error) -> Duration {
+        self.failures = self.failures.saturating_add(1);
+        if !self.told {
+            self.last = Some(error);
+        }
+        Duration::ZERO
     }
 
     /// A final answer to this attempt, seen in the light of those before.
@@ -223,11 +246,20 @@ impl Progress {
         }
     }
 
-    fn give_up(&mut self, is_write: bool, timeout: Duration) -> Error {
+    /// The deadline has passed; `failures` says which addresses could not be reached.
+    fn give_up(&mut self, is_write: bool, timeout: Duration, failures: Option<String>) -> Error {
         let waited = format!("no answer within {timeout:?}");
-        let Some(last) = self.last.take() else {
+        let failures = failures.unwrap_or_default();
+        let Some(mut last) = self.last.take() else {
             return Error::DeadlineExceeded { message: waited };
         };
+        if let Error::Unavailable { message, .. } | Error::DeadlineExceeded { message } = &mut last
+            && !failures.is_empty()
+            && *message != failures
+        {
+            message.push_str("; not reached: ");
+            message.push_str(&failures);
+        }
         if is_write && self.maybe_applied {
             let message = format!("{waited}; it may or may not have been applied: {last}");
             return Error::OutcomeUnknown { message };

@@ -50,6 +50,8 @@ struct MockState {
     seen: Mutex<Vec<v1::PipelineRequest>>,
     leader: Mutex<(u64, String)>,
     silent: Mutex<bool>,
+    /// What it says of cluster and time; nothing of the time where it has not heard it.
+    known: Mutex<(String, Option<i64>)>,
     /// How many were opened.
     pipelines: AtomicUsize,
 }
@@ -69,6 +71,7 @@ impl Mock {
             seen: Mutex::default(),
             leader: Mutex::new((node_id, address)),
             silent: Mutex::new(false),
+            known: Mutex::new(("c1".to_owned(), Some(CLUSTER_TIME))),
             pipelines: AtomicUsize::new(0),
         }));
         let server = tonic::transport::Server::builder()
@@ -93,6 +96,11 @@ impl Mock {
         *self.0.silent.lock().unwrap() = true;
     }
 
+    /// It has just started, in this cluster, and has heard of nobody.
+    fn know_only(&self, cluster_id: &str) {
+        *self.0.known.lock().unwrap() = (cluster_id.to_owned(), None);
+    }
+
     fn is_silent(&self) -> bool {
         *self.0.silent.lock().unwrap()
     }
@@ -111,12 +119,13 @@ impl Mock {
 
     fn describe_now(&self) -> v1::DescribeResponse {
         let (leader_id, leader_address) = self.0.leader.lock().unwrap().clone();
+        let (cluster_id, time) = self.0.known.lock().unwrap().clone();
         v1::DescribeResponse {
-            cluster_id: "c1".into(),
+            cluster_id,
             node_id: self.0.node_id,
             leader_id,
             leader_address,
-            cluster_time: Some(time::millis_to_proto(CLUSTER_TIME)),
+            cluster_time: time.map(time::millis_to_proto),
             members: Vec::new(),
         }
     }
@@ -310,7 +319,87 @@ async fn a_request_is_named_and_dated_by_the_cluster_s_time() {
     assert!((CLUSTER_TIME..CLUSTER_TIME + 10_000).contains(&first_sent), "{first_sent}");
     assert_eq!(expire - first_sent, 4_000);
     let server_timeout = time::duration_from_proto(seen[0].timeout).unwrap();
-    assert!(server_timeout <= Duration::from_secs(3), "{server_timeout:?}");
+    // A little sooner than at the end of the attempt, so that its reason is heard.
+    assert_eq!(server_timeout, Duration::from_millis(2_950));
+    let now = client.cluster_time().unwrap();
+    let now = now.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_millis();
+    let cluster_time = u128::try_from(CLUSTER_TIME).unwrap();
+    assert!((cluster_time..cluster_time + 10_000).contains(&now), "{now}");
+}
+
+#[tokio::test]
+async fn what_is_waited_for_is_named() {
+    for transport in [Transport::Pipeline, Transport::Unary] {
+        let mock = Mock::start(7, |_, request| match request {
+            Request::GetSession(_) => Action::Refuse(Code::Unavailable, "NO_LEADER"),
+            _ => Action::Ignore,
+        })
+        .await;
+        let endpoints = [NOWHERE, mock.address()];
+        let client = Client::builder().endpoints(endpoints).transport(transport);
+        let client = client.timeout(Duration::from_millis(300)).connect().await.unwrap();
+        let node = format!("node 7 at {}", mock.address());
+        let error = client.sessions().get(id()).await.unwrap_err();
+        assert_eq!(error.reason(), "NO_LEADER");
+        let message = error.to_string();
+        let expected = format!("300ms: {node} answers, but no majority of the voters does; not");
+        assert!(message.contains(&expected), "{message}");
+        assert!(message.contains(&format!("not reached: {NOWHERE}: Connection ref")), "{message}");
+        let message = client.sessions().touch(id()).await.unwrap_err().to_string();
+        assert!(message.contains(&format!("{node}: ")), "{message}");
+    }
+}
+
+#[tokio::test]
+async fn who_has_not_heard_the_time_is_told_apart_from_who_has_no_cluster() {
+    for (cluster, reason) in [("c1", "NO_LEADER"), ("", "NOT_INITIALIZED")] {
+        let mock = Mock::start(1, |_, _| Action::Answer(updated(1))).await;
+        mock.know_only(cluster);
+        let client = builder(&[&mock]).timeout(Duration::from_millis(200)).build().unwrap();
+        assert_eq!(client.cluster_time(), None);
+        let error = client.sessions().update(id(), Update::new()).await.unwrap_err();
+        assert_eq!(error.reason(), reason, "{error}");
+        assert!(mock.seen().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn a_port_that_is_not_for_clients_is_recognised() {
+    // It serves gRPC, and nothing of what a client begins with: as a node's port for peers does.
+    let mock = Mock::start(1, |_, _| Action::Ignore).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let server = tonic::transport::Server::builder()
+        .add_service(SessionServiceServer::new(mock.clone()))
+        .serve_with_incoming(TcpListenerStream::new(listener));
+    tokio::spawn(server);
+    for transport in [Transport::Pipeline, Transport::Unary] {
+        let client = Client::builder().endpoints([&*address]).transport(transport);
+        let client = client.timeout(Duration::from_secs(3_600)).build().unwrap();
+        let error = within_ten_seconds(client.sessions().get(id())).await.unwrap_err();
+        let message = error.to_string();
+        assert!(message.starts_with(&format!("{address}: ")), "{message}");
+        assert!(message.contains("port for peers"), "{message}");
+        let message = client.status(&address).await.unwrap_err().to_string();
+        assert!(message.contains("port for peers"), "{message}");
+    }
+}
+
+#[tokio::test]
+async fn that_all_refuse_is_told_at_once_unless_a_node_was_there() {
+    let other = "127.0.0.1:2";
+    let hour = Duration::from_secs(3_600);
+    let client = Client::builder().endpoints([NOWHERE, other]).timeout(hour).build().unwrap();
+    let error = within_ten_seconds(client.sessions().update(id(), Update::new())).await;
+    let message = error.unwrap_err().to_string();
+    let expected = format!("{NOWHERE}, {other}: Connection refused");
+    assert!(message.contains(&expected), "{message}");
+
+    // It was there, and hung up for good: that it comes back is waited for.
+    let mock = Mock::start(1, |_, _| Action::Hangup).await;
+    let client = builder(&[&mock]).timeout(Duration::from_millis(300)).connect().await.unwrap();
+    let error = client.sessions().update(id(), Update::new()).await.unwrap_err();
+    assert!(error.to_string().contains("no answer within 300ms"), "{error}");
 }
 
 #[tokio::test]
@@ -634,10 +723,37 @@ async fn clusters_are_described_and_formed() {
 fn options_are_checked() {
     let bad = |builder: ClientBuilder| builder.build().is_err();
     assert!(bad(Client::builder().endpoints([] as [&str; 0])));
-    for endpoint in ["", "host", "host:", ":7400", "host:70000", "https://host:7400", "a/b:1"] {
-        assert!(bad(Client::builder().endpoints([endpoint])), "{endpoint:?}");
+    for endpoint in [
+        "",
+        " , ",
+        "host",
+        "host:",
+        ":7400",
+        "host:0",
+        "host:70000",
+        "https://host:7400",
+        "a/b:1",
+        "a b:1",
+        "a:1;b:2",
+        "::1:7400",
+        "[::1]",
+        "[host]:7400",
+        "127.0.0.1:7400:7401",
+        "a:1,b",
+    ] {
+        let error = Client::builder().endpoints([endpoint]).build().unwrap_err();
+        assert!(matches!(error, Error::Configuration { .. }), "{endpoint:?}: {error:?}");
     }
-    for endpoint in ["host:7400", "http://host:7400", "[::1]:7400", "http://10.0.0.1:7400/"] {
+    let error = Client::builder().endpoints(["::1:7400"]).build().unwrap_err();
+    assert!(error.to_string().contains("[::1]:7400"), "{error}");
+    for endpoint in [
+        "host:7400",
+        "http://host:7400",
+        "[::1]:7400",
+        "http://10.0.0.1:7400/",
+        "a:1, b:2",
+        " a:1 ,b_c.d-e:2,",
+    ] {
         assert!(!bad(Client::builder().endpoints([endpoint])), "{endpoint:?}");
     }
     assert!(bad(Client::builder().namespace("")));

@@ -31,4 +31,5 @@ mod random;
 mod register;
 mod secrets;
 mod snapshot;
+mod told;
 mod traces;
