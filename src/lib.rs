@@ -148,6 +148,10 @@ pub mod service;
 #[cfg(feature = "server")]
 pub mod wire;
 
+// Connections that are accepted: how many, and how long they may be silent.
+#[cfg(feature = "server")]
+pub mod accept;
+
 // A node as a process runs it.
 #[cfg(feature = "server")]
 pub mod server;

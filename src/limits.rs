@@ -17,14 +17,25 @@ pub const ATTRIBUTE_VALUE_BYTES_MAX: usize = 256 * 1024;
 pub const SESSION_BYTES_MAX: usize = 1024 * 1024;
 /// Most attributes of one session.
 pub const SESSION_ATTRIBUTES_MAX: usize = 256;
+/// Most attributes that a read names: what one session can have.
+pub const ATTRIBUTE_NAMES_MAX: usize = SESSION_ATTRIBUTES_MAX;
 /// Largest log entry, in bytes: one sync's worth at a millisecond or two.
 pub const ENTRY_BYTES_MAX: usize = 2 * 1024 * 1024;
 /// Largest request or message, in bytes; tonic's own default.
 pub const REQUEST_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Largest answer, in bytes of its encoding: gRPC's stock clients refuse messages of more than
+/// 4 MiB, and on a pipeline the answer travels with a few bytes of its own around it.
+pub const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024 - 64;
 /// Most session selectors in one BatchGetSessions, and most sessions on one page of a list.
 pub const PAGE_SIZE_MAX: usize = 1_000;
+/// Records that one page of a list looks at, those that are over among them: a few milliseconds'
+/// work. When so many have ended at once, a page may be short, or empty.
+pub const PAGE_LOOKS_MAX: usize = 16_384;
 /// Sessions on a page of a list whose caller did not say.
 pub const PAGE_SIZE_DEFAULT: usize = 100;
+
+/// Most nodes that a cluster is formed of, as each is asked and answers for itself.
+pub const FOUNDERS_MAX: usize = 32;
 
 /// Shortest idle or absolute timeout.
 pub const TIMEOUT_MIN: Duration = Duration::from_secs(1);
@@ -84,7 +95,7 @@ pub const MEMBERS_PER_LEASE_MAX: usize = 1_024;
 pub const LOCATE_KEYS_MAX: usize = 1_000;
 /// Longest key that is located, in bytes.
 pub const LOCATE_KEY_BYTES_MAX: usize = 1_024;
-/// Most members named in one answer to LocateKeys: so a message holds it, whatever their names.
+/// Most members named in one answer to LocateKeys.
 pub const LOCATE_PLACEMENTS_MAX: usize = 10_000;
 
 /// Log entries under way at once from one node's queue; the prototype gained nothing beyond 8.
@@ -95,11 +106,34 @@ pub const PROPOSALS_PENDING_MAX: usize = 65_536;
 pub const PROPOSAL_BYTES_PENDING_MAX: usize = 128 * 1024 * 1024;
 /// Requests under way on one pipeline before the server stops reading from it.
 pub const PIPELINE_IN_FLIGHT_MAX: usize = 4_096;
-/// Bytes of answers that one pipeline's client has not read yet before the server stops reading
-/// from it; at twice as much, answers to reads are refused instead of kept.
-pub const PIPELINE_ANSWER_BYTES_MAX: usize = 32 * 1024 * 1024;
+/// Bytes that a node holds for requests under way; see `service::admission`. Beyond, it reads no
+/// more of them from its streams.
+pub const ASKED_BYTES_OF_NODE_MAX: usize = 16 * 1024 * 1024;
+/// The same of one connection.
+pub const ASKED_BYTES_OF_CONNECTION_MAX: usize = 4 * 1024 * 1024;
+/// What each connection may ask however much others do: some sixty requests.
+pub const ASKED_BYTES_OF_CONNECTION_MIN: usize = 32 * 1024;
+/// Bytes that a node holds for answers that their connections have not taken yet. Beyond, reads
+/// wait.
+pub const ANSWER_BYTES_OF_NODE_MAX: usize = 128 * 1024 * 1024;
+/// The part of what is free of that which one connection may hold: 2.6 MiB while it is alone. After
+/// 64 connections, one by one, have taken theirs in answers of 700 KiB, there are 22 MiB left.
+pub const ANSWER_SHARE_OF_FREE: usize = 48;
 /// Reads that wait for barriers on one node before it refuses more.
 pub const READS_PENDING_MAX: usize = 65_536;
+/// Calls under way on one connection. A client may also cancel so many before the server has begun
+/// with them, without losing its connection: that is what HTTP/2 lets it open.
+pub const CALLS_OF_CONNECTION_MAX: u32 = 4_096;
+/// Calls that break HTTP/2's rules before their connection is closed; h2's own default.
+pub const FAULTY_CALLS_OF_CONNECTION_MAX: usize = 1_024;
+/// Connections of clients at once, if the limit of open files allows as many.
+pub const CLIENT_CONNECTIONS_MAX: usize = 16_384;
+/// Connections of other nodes at once; each has a few.
+pub const PEER_CONNECTIONS_MAX: usize = 64;
+/// Files that are kept for log, checkpoints, snapshots and connections to other nodes; or half of
+/// all, if that is more, as the log grows with the state. Each segment takes two, and there are some
+/// forty before a snapshot lets the first ones go.
+pub const FILES_RESERVED_MIN: usize = 160;
 /// KeepAlive messages under way on one stream before the server stops reading from it; each may
 /// renew a thousand leases.
 pub const KEEP_ALIVES_IN_FLIGHT_MAX: usize = 64;

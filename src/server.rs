@@ -11,6 +11,7 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
 use crate::clock::Clock;
+use crate::limits::{CLIENT_CONNECTIONS_MAX, FILES_RESERVED_MIN, PEER_CONNECTIONS_MAX};
 use crate::raft::{CheckpointPolicy, Node, NodeError, NodeOptions, RaftTimeouts};
 use crate::wire;
 
@@ -39,6 +40,16 @@ pub struct ServerOptions {
     pub timeouts: RaftTimeouts,
     /// When checkpoints are due.
     pub checkpoints: CheckpointPolicy,
+    /// How many files the node may have open.
+    pub files_max: usize,
+}
+
+impl ServerOptions {
+    /// How many connections of clients leave enough files for everything else.
+    fn client_connections_max(&self) -> usize {
+        let reserved = (FILES_RESERVED_MIN + PEER_CONNECTIONS_MAX).max(self.files_max / 2);
+        self.files_max.saturating_sub(reserved).clamp(1, CLIENT_CONNECTIONS_MAX)
+    }
 }
 
 /// Why a server did not start.
@@ -115,6 +126,7 @@ impl Server {
     ) -> Result<Self, ServerError> {
         let failed =
             |source| ServerError::Listen { address: options.listen, flag: "--listen", source };
+        let connections_max = options.client_connections_max();
         let address = listeners.clients.local_addr().map_err(failed)?;
         let peer_address = listeners.peers.local_addr().map_err(failed)?;
         let node = Node::start(
@@ -132,7 +144,7 @@ impl Server {
         )
         .await?;
         let (stop, stopped) = oneshot::channel::<()>();
-        let serving = wire::serve(node.clone(), listeners.clients, async move {
+        let serving = wire::serve(node.clone(), listeners.clients, connections_max, async move {
             // A server that is dropped stops as well.
             let _ = stopped.await;
         });

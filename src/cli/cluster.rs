@@ -235,6 +235,11 @@ impl Node {
             "version": status.version,
             "members": members.collect::<Vec<Value>>(),
             "halted_reason": status.halted_reason,
+            "client_connections": status.client_connections,
+            "refused_connections": status.refused_connections,
+            "stuck_connections": status.stuck_connections,
+            "answer_bytes": status.answer_bytes,
+            "request_panics": status.request_panics,
         })
     }
 }

@@ -42,26 +42,26 @@ enum Report {
     Signal,
 }
 
-impl From<ServeOptions> for ServerOptions {
-    fn from(options: ServeOptions) -> Self {
-        Self {
-            node_id: options.node_id,
-            data_directory: options.data_dir,
-            listen: options.listen,
-            peer_listen: options.peer_listen,
-            advertise: Some(options.advertise),
-            peer_advertise: Some(options.peer_advertise),
-            initial_cluster: options
-                .initial_cluster
-                .into_iter()
-                .map(|member| (member.node_id, member.peer_address))
-                .collect(),
-            timeouts: RaftTimeouts {
-                heartbeat_interval: options.heartbeat_interval,
-                election_timeout: options.election_timeout,
-            },
-            checkpoints: CheckpointPolicy::default(),
-        }
+/// Of a node that may have so many files open.
+fn server_options(options: ServeOptions, files_max: usize) -> ServerOptions {
+    ServerOptions {
+        node_id: options.node_id,
+        data_directory: options.data_dir,
+        listen: options.listen,
+        peer_listen: options.peer_listen,
+        advertise: Some(options.advertise),
+        peer_advertise: Some(options.peer_advertise),
+        initial_cluster: options
+            .initial_cluster
+            .into_iter()
+            .map(|member| (member.node_id, member.peer_address))
+            .collect(),
+        timeouts: RaftTimeouts {
+            heartbeat_interval: options.heartbeat_interval,
+            election_timeout: options.election_timeout,
+        },
+        checkpoints: CheckpointPolicy::default(),
+        files_max,
     }
 }
 
@@ -77,13 +77,14 @@ pub(super) fn run(nodes: Vec<ServeOptions>, logging: &Logging, ready: impl FnOnc
         logging.say(&format!("quorate: cannot listen for signals: {error}"));
         return ExitCode::FAILURE;
     }
-    raise_file_limit();
+    let files_max = raise_file_limit() / nodes.len().max(1);
     // What a node writes by itself it closes to others by itself. sled's files need this.
     umask(Mode::RWXG | Mode::RWXO);
     let (stop, stopping) = watch::channel(false);
     let mut waiting = nodes.len();
     let mut running = nodes.len();
     for options in nodes {
+        let options = server_options(options, files_max);
         if let Err(error) = spawn_node(options, stopping.clone(), reports.clone()) {
             logging.say(&format!("quorate: cannot start a thread: {error}"));
             return ExitCode::FAILURE;
@@ -135,7 +136,7 @@ fn next_report(inbox: &results::Receiver<Report>, deadline: Option<Duration>) ->
 
 /// Starts a node's thread, which says when it ends, however it does.
 fn spawn_node(
-    options: ServeOptions,
+    options: ServerOptions,
     stopping: watch::Receiver<bool>,
     reports: results::Sender<Report>,
 ) -> std::io::Result<()> {
@@ -154,20 +155,25 @@ fn spawn_node(
 
 /// Allows as many open files as this process may have: each segment of a log takes two, each
 /// connection one, and the usual soft limit of 1024 is there for programs that use `select`.
-fn raise_file_limit() {
+/// Returns how many that are.
+fn raise_file_limit() -> usize {
     let limit = getrlimit(Resource::Nofile);
-    if limit.current == limit.maximum {
-        return;
+    let mut files = limit.current;
+    if limit.current != limit.maximum {
+        let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+        match setrlimit(Resource::Nofile, raised) {
+            Ok(()) => {
+                files = limit.maximum;
+                tracing::debug!(?files, "limit of open files raised");
+            }
+            Err(error) => tracing::warn!(%error, ?files, "limit of open files kept"),
+        }
     }
-    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    match setrlimit(Resource::Nofile, raised) {
-        Ok(()) => tracing::debug!(files = ?limit.maximum, "limit of open files raised"),
-        Err(error) => tracing::warn!(%error, files = ?limit.current, "limit of open files kept"),
-    }
+    files.and_then(|files| usize::try_from(files).ok()).unwrap_or(usize::MAX)
 }
 
 fn run_node(
-    options: ServeOptions,
+    options: ServerOptions,
     stopping: watch::Receiver<bool>,
     reports: &results::Sender<Report>,
 ) -> Result<(), String> {
@@ -175,7 +181,7 @@ fn run_node(
         .enable_all()
         .build()
         .map_err(|error| format!("cannot start a runtime: {error}"))?;
-    let served = runtime.block_on(serve_node(options.into(), stopping, reports));
+    let served = runtime.block_on(serve_node(options, stopping, reports));
     // A call that hangs in the disk would keep it for ever.
     runtime.shutdown_timeout(RUNTIME_GRACE);
     served

@@ -130,7 +130,8 @@ async fn attempt(
     if !lowest {
         return Err(Obstacle::Waiting("the lowest listed node forms the cluster".to_owned()));
     }
-    found_with(node, listed, found).await.map(|_| ()).map_err(Obstacle::Waiting)
+    let founded = found_with(node, listed, found).await;
+    founded.map(|_| ()).map_err(|error| Obstacle::Waiting(error.to_string()))
 }
 
 /// Stops a node whose id belongs to another life of it.
@@ -205,14 +206,37 @@ async fn ask(
     Ok(answer.into_inner())
 }
 
+/// Why no cluster was formed; each in one line that says which node stands in the way.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FormationError {
+    /// There is one already.
+    #[error("already initialized: node {node_id} belongs to cluster {cluster_id:032x}")]
+    AlreadyInitialized {
+        /// Who belongs to it.
+        node_id: u64,
+        /// Which.
+        cluster_id: u128,
+    },
+    /// Something is in the way that may go.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl From<String> for FormationError {
+    fn from(reason: String) -> Self {
+        Self::Refused(reason)
+    }
+}
+
 /// Forms a cluster of the listed nodes; for an operator.
 pub(super) async fn found(
     node: &Arc<Node>,
     listed: &BTreeMap<u64, String>,
-) -> Result<u128, String> {
+) -> Result<u128, FormationError> {
     let own = node.options.node_id;
     if !listed.contains_key(&own) {
-        return Err(format!("node {own}, which was asked, is not among the listed nodes"));
+        let reason = format!("node {own}, which was asked, is not among the listed nodes");
+        return Err(FormationError::Refused(reason));
     }
     let found = ask_all(node, listed).await;
     found_with(node, listed, found).await
@@ -223,14 +247,14 @@ async fn found_with(
     node: &Arc<Node>,
     listed: &BTreeMap<u64, String>,
     found: Answers,
-) -> Result<u128, String> {
+) -> Result<u128, FormationError> {
     let founding = match node.founding() {
         Some(founding) => {
             if node.replica().is_some_and(|replica| !replica.is_pristine()) {
-                return Err(format!(
-                    "already initialized: node {} belongs to cluster {:032x}",
-                    node.options.node_id, founding.cluster_id
-                ));
+                return Err(FormationError::AlreadyInitialized {
+                    node_id: node.options.node_id,
+                    cluster_id: founding.cluster_id,
+                });
             }
             founding
         }
@@ -242,7 +266,7 @@ async fn found_with(
     match replica.raft.initialize(founding.members.clone()).await {
         // Not allowed: it has begun meanwhile.
         Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {}
-        Err(error) => return Err(error.to_string()),
+        Err(error) => return Err(error.to_string().into()),
     }
     tracing::info!(
         cluster_id = %format_args!("{:032x}", founding.cluster_id),
@@ -253,7 +277,11 @@ async fn found_with(
 }
 
 /// Draws a new cluster, if every listed node is empty.
-fn draw(node: &Node, listed: &BTreeMap<u64, String>, found: Answers) -> Result<Founding, String> {
+fn draw(
+    node: &Node,
+    listed: &BTreeMap<u64, String>,
+    found: Answers,
+) -> Result<Founding, FormationError> {
     let own = node.options.node_id;
     let mut members = BTreeMap::from([(
         own,
@@ -267,9 +295,7 @@ fn draw(node: &Node, listed: &BTreeMap<u64, String>, found: Answers) -> Result<F
         let answer = answer?;
         let cluster_id = cluster_id_of(&answer);
         if cluster_id != 0 || answer.initialized {
-            return Err(format!(
-                "already initialized: node {id} belongs to cluster {cluster_id:032x}"
-            ));
+            return Err(FormationError::AlreadyInitialized { node_id: id, cluster_id });
         }
         members.insert(
             id,

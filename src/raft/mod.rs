@@ -50,6 +50,7 @@ mod types;
 
 pub use checkpointer::CheckpointPolicy;
 pub use following::ClaimEnd;
+pub use formation::FormationError;
 pub use node::{Acquired, Node, NodeError, NodeOptions, ReadError, WriteError};
 pub use replica::{RaftTimeouts, SetTimeError};
 pub use status::{MemberStatus, NodeStatus, Role};

@@ -7,12 +7,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tonic::transport::server::TcpIncoming;
 
 use super::barrier::BarrierError;
 use super::checkpointer::CheckpointPolicy;
 use super::following::{ClaimEnd, ClaimName};
-use super::formation::{self, Founding};
+use super::formation::{self, FormationError, Founding};
 use super::halt::Halt;
 use super::lanes::Lane;
 use super::network::{self, PEER_MESSAGE_BYTES_MAX};
@@ -22,7 +21,9 @@ use super::recovery::{RecoveryError, StoragePaths};
 use super::replica::{RaftTimeouts, Replica, ReplicaParts, SetTimeError};
 use super::supervisor::Supervisor;
 use super::troubles;
+use crate::accept::{AcceptPolicy, accept};
 use crate::clock::Clock;
+use crate::limits::PEER_CONNECTIONS_MAX;
 use crate::proto::peer;
 use crate::proto::peer::peer_service_server::PeerServiceServer;
 use crate::state::{Command, Outcome, Rejection, Reply, Stamp, State, Timestamp, encode_command};
@@ -31,6 +32,9 @@ use crate::storage::directory::{DataDirectory, DirectoryError, Identity};
 /// How far beyond the leader's wall clock the cluster's time may be set: time never goes back, so
 /// a typing error would be there for ever.
 const SET_TIME_AHEAD_MAX: Duration = Duration::from_secs(60);
+/// A connection to the port for peers that has been silent for so long makes room for another, once
+/// there are as many as may be.
+const PEER_SILENCE_MAX: Duration = Duration::from_secs(1);
 
 /// Everything that a node needs; nothing is global.
 pub struct NodeOptions {
@@ -207,14 +211,22 @@ impl Node {
         let service = PeerServiceServer::new(PeerServer { node: self.clone() })
             .max_decoding_message_size(PEER_MESSAGE_BYTES_MAX)
             .max_encoding_message_size(PEER_MESSAGE_BYTES_MAX);
+        // Nodes that belong here are never silent for long, and get in whoever else holds the port.
+        let policy = AcceptPolicy {
+            port: "peer",
+            most: PEER_CONNECTIONS_MAX,
+            replace_silent: Some(PEER_SILENCE_MAX),
+        };
+        let (connections, _) = accept(listener, policy, |_| ());
         let server = tonic::transport::Server::builder()
             .initial_stream_window_size(4 << 20)
             .initial_connection_window_size(16 << 20)
             .max_concurrent_streams(4096)
+            .http2_max_pending_accept_reset_streams(Some(4096))
             .http2_keepalive_interval(Some(Duration::from_secs(10)))
             .http2_keepalive_timeout(Some(Duration::from_secs(10)))
             .add_service(service)
-            .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
+            .serve_with_incoming(connections);
         let halt = self.halt.clone();
         self.supervisor.spawn("peer listener", async move {
             if let Err(error) = server.await {
@@ -366,11 +378,11 @@ impl Node {
     ///
     /// # Errors
     ///
-    /// One line that says which node stands in the way, and why.
+    /// See [`FormationError`].
     pub async fn initialize(
         self: &Arc<Self>,
         listed: &BTreeMap<u64, String>,
-    ) -> Result<u128, String> {
+    ) -> Result<u128, FormationError> {
         formation::found(self, listed).await
     }
 

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use super::error::{Error, ErrorKind};
 use super::request::Call;
-use crate::raft::{Node, NodeStatus, SetTimeError, WriteError};
+use crate::limits::{FOUNDERS_MAX, NAME_BYTES_MAX};
+use crate::raft::{FormationError, Node, NodeStatus, SetTimeError, WriteError};
 use crate::state::Timestamp;
 
 /// The cluster use cases of one node.
@@ -26,7 +27,7 @@ impl Cluster {
     }
 
     /// The node's figures.
-    pub fn status(&self, _call: &Call) -> NodeStatus {
+    pub fn status(&self, _call: &Call<'_>) -> NodeStatus {
         self.node.status()
     }
 
@@ -37,11 +38,20 @@ impl Cluster {
     /// If a node is listed twice or without an address, does not answer, or belongs to a cluster.
     pub async fn initialize(
         &self,
-        _call: &Call,
+        _call: &Call<'_>,
         listed: Vec<(u64, String)>,
     ) -> Result<u128, Error> {
+        if listed.len() > FOUNDERS_MAX {
+            let (found, limit) = (listed.len() as u64, FOUNDERS_MAX as u64);
+            let error = Error::over_limit("members", "nodes", found, limit);
+            return Err(error.remedy("a cluster has three or five nodes, seldom seven"));
+        }
         let mut members = BTreeMap::new();
         for (node_id, address) in listed {
+            if address.len() > NAME_BYTES_MAX {
+                let (found, limit) = (address.len() as u64, NAME_BYTES_MAX as u64);
+                return Err(Error::over_limit("members", "bytes in an address", found, limit));
+            }
             if node_id == 0 || address.is_empty() {
                 return Err(Error::invalid(
                     "members",
@@ -57,14 +67,12 @@ impl Cluster {
                 ));
             }
         }
-        self.node.initialize(&members).await.map_err(|message| {
-            let initialized = message.starts_with("already initialized");
-            let (kind, reason) = if initialized {
-                (ErrorKind::FailedPrecondition, "ALREADY_INITIALIZED")
-            } else {
-                (ErrorKind::FailedPrecondition, "CANNOT_INITIALIZE")
+        self.node.initialize(&members).await.map_err(|error| {
+            let reason = match error {
+                FormationError::AlreadyInitialized { .. } => "ALREADY_INITIALIZED",
+                FormationError::Refused(_) => "CANNOT_INITIALIZE",
             };
-            Error::new(kind, reason, message)
+            Error::new(ErrorKind::FailedPrecondition, reason, error.to_string())
         })
     }
 

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::limits::ANSWER_BYTES_MAX;
 use crate::raft::{ReadError, WriteError};
 use crate::state::{Cause, Rejection};
 
@@ -63,6 +64,22 @@ impl Error {
         Self::new(ErrorKind::InvalidArgument, "LIMIT_EXCEEDED", message)
             .with("field", field)
             .with("limit", limit)
+    }
+
+    /// The same error, whose message ends with what helps.
+    pub fn remedy(mut self, remedy: &str) -> Self {
+        self.message.push_str("; ");
+        self.message.push_str(remedy);
+        self
+    }
+
+    /// An answer of more bytes than a message may have.
+    pub fn answer_too_large(field: &'static str, remedy: &str) -> Self {
+        let message = format!("the answer would have more than {ANSWER_BYTES_MAX} bytes");
+        Self::new(ErrorKind::InvalidArgument, "LIMIT_EXCEEDED", message)
+            .with("field", field)
+            .with("limit", ANSWER_BYTES_MAX)
+            .remedy(remedy)
     }
 
     fn with(mut self, key: &'static str, value: impl fmt::Display) -> Self {
@@ -148,9 +165,28 @@ impl Error {
         Self::new(
             ErrorKind::ResourceExhausted,
             "OVERLOADED",
-            "too many answers on this pipeline have not been read yet; read them, then ask again",
+            "the node has no room for more answers on this connection before those are read that \
+             it holds already; read them, then ask again",
         )
         .retry_after(Duration::from_millis(100))
+    }
+
+    /// The caller's time is over, and nothing has answered.
+    pub fn deadline_exceeded(changes_something: bool) -> Self {
+        let (reason, message) = if changes_something {
+            let message = "there was no answer in time; whether the change was made is not known";
+            ("OUTCOME_UNKNOWN", message)
+        } else {
+            ("DEADLINE_EXCEEDED", "there was no answer in time")
+        };
+        Self::new(ErrorKind::DeadlineExceeded, reason, message)
+    }
+
+    /// A defect, which has ended this request and nothing else.
+    pub fn panicked() -> Self {
+        let message = "this request met a defect of the node, which has logged it; whether a \
+                       change was made is not known";
+        Self::new(ErrorKind::Internal, "REQUEST_PANICKED", message)
     }
 
     fn not_initialized() -> Self {

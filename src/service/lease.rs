@@ -119,8 +119,8 @@ pub struct FoundLeases {
     pub now: Timestamp,
     /// Those found, by id.
     pub leases: Vec<LeaseView>,
-    /// Whether there are more behind the last.
-    pub more: bool,
+    /// Behind which the next page begins, if there is one.
+    pub next: Option<LeaseId>,
 }
 
 /// Tells owners when to renew.
@@ -162,7 +162,7 @@ impl Leases {
     /// Grants a lease.
     pub fn grant(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         new: NewLease,
         done: impl FnOnce(Result<GrantedLease, Error>) + Send + 'static,
     ) {
@@ -183,7 +183,7 @@ impl Leases {
         });
     }
 
-    fn grant_command(&self, call: &Call, new: NewLease) -> Result<Command, Error> {
+    fn grant_command(&self, call: &Call<'_>, new: NewLease) -> Result<Command, Error> {
         let request = self.request_ids.complete(&self.node, call, &new.context)?;
         let namespace = valid_namespace(new.namespace)?;
         let id = lease_id("lease_id", &new.id)?;
@@ -202,7 +202,7 @@ impl Leases {
     /// Renews leases, and says of each whether it is lost.
     pub fn renew(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         renewals: Renewals,
         done: impl FnOnce(Result<Renewed, Error>) + Send + 'static,
     ) {
@@ -229,7 +229,7 @@ impl Leases {
 
     fn valid_renewals(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         renewals: Renewals,
     ) -> Result<(Namespace, Vec<LeaseId>), Error> {
         let request = self.request_ids.complete(&self.node, call, &renewals.context)?;
@@ -253,7 +253,7 @@ impl Leases {
     /// Ends a lease, and what hangs from it.
     pub fn revoke(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         revoke: RevokeLease,
         done: impl FnOnce(Result<Revision, Error>) + Send + 'static,
     ) {
@@ -277,7 +277,7 @@ impl Leases {
     /// Reads a lease.
     pub fn get(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         get: GetLease,
         done: impl FnOnce(Result<FoundLeases, Error>) + Send + 'static,
     ) {
@@ -288,10 +288,10 @@ impl Leases {
         let (node, namespace) = (self.node.clone(), key.namespace.clone());
         let look = move |state: &State| (state.revision(), state.lease(&key));
         read(&self.node, call, get.consistency, look, move |looked| {
-            done(looked.map_err(Error::from).and_then(|(revision, lease)| {
+            done(looked.and_then(|(revision, lease)| {
                 let leases = vec![lease.ok_or_else(Error::lease_not_found)?];
                 let now = node.steady_time();
-                Ok(FoundLeases { revision, namespace, now, leases, more: false })
+                Ok(FoundLeases { revision, namespace, now, leases, next: None })
             }));
         });
     }
@@ -299,7 +299,7 @@ impl Leases {
     /// Lists leases in the order of their ids.
     pub fn list(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         list: ListLeases,
         done: impl FnOnce(Result<FoundLeases, Error>) + Send + 'static,
     ) {
@@ -311,9 +311,9 @@ impl Leases {
         let look =
             move |state: &State| (state.revision(), state.list_leases(&listed, after, limit));
         read(&self.node, call, list.consistency, look, move |looked| {
-            done(looked.map_err(Error::from).map(|(revision, page)| {
+            done(looked.map(|(revision, page)| {
                 let now = node.steady_time();
-                FoundLeases { revision, namespace, now, leases: page.items, more: page.more }
+                FoundLeases { revision, namespace, now, leases: page.items, next: page.next }
             }));
         });
     }

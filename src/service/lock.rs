@@ -131,8 +131,8 @@ pub struct FoundLocks {
     pub now: Timestamp,
     /// Those found, by name.
     pub locks: Vec<LockView>,
-    /// Whether there are more behind the last.
-    pub more: bool,
+    /// Behind which the next page begins, if there is one.
+    pub next: Option<Arc<str>>,
 }
 
 /// The lock use cases of one node.
@@ -157,7 +157,7 @@ impl Locks {
     /// Takes a lock, and waits in line for it if need be: make the call with [`Call::waiting`].
     pub fn acquire(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         acquire: AcquireLock,
         done: impl FnOnce(Result<AcquiredLock, Error>) + Send + 'static,
     ) {
@@ -176,7 +176,7 @@ impl Locks {
         });
     }
 
-    fn acquire_command(&self, call: &Call, acquire: AcquireLock) -> Result<Command, Error> {
+    fn acquire_command(&self, call: &Call<'_>, acquire: AcquireLock) -> Result<Command, Error> {
         let AcquireLock { context, namespace, lock, lease_id: lease, mode, wait, lock_delay } =
             acquire;
         let request = self.request_ids.complete(&self.node, call, &context)?;
@@ -197,7 +197,7 @@ impl Locks {
     /// Undoes an Acquire, whatever became of it.
     pub fn cancel(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         cancel: CancelAcquire,
         done: impl FnOnce(Result<Revision, Error>) + Send + 'static,
     ) {
@@ -206,7 +206,7 @@ impl Locks {
         self.write(call, resend, command, done);
     }
 
-    fn cancel_command(&self, call: &Call, cancel: CancelAcquire) -> Result<Command, Error> {
+    fn cancel_command(&self, call: &Call<'_>, cancel: CancelAcquire) -> Result<Command, Error> {
         let CancelAcquire { context, namespace, lock, lease_id: lease, acquire_request_id } =
             cancel;
         if acquire_request_id == 0 {
@@ -227,7 +227,7 @@ impl Locks {
     /// Gives a lock back.
     pub fn release(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         release: ReleaseLock,
         done: impl FnOnce(Result<Revision, Error>) + Send + 'static,
     ) {
@@ -236,7 +236,7 @@ impl Locks {
         self.write(call, resend, command, done);
     }
 
-    fn release_command(&self, call: &Call, release: ReleaseLock) -> Result<Command, Error> {
+    fn release_command(&self, call: &Call<'_>, release: ReleaseLock) -> Result<Command, Error> {
         let ReleaseLock { context, namespace, lock, token, lease_id: lease } = release;
         let lease = match lease.as_str() {
             "" => None,
@@ -253,7 +253,7 @@ impl Locks {
     /// Takes a lock from its holder.
     pub fn break_lock(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         broken: BreakLock,
         done: impl FnOnce(Result<Revision, Error>) + Send + 'static,
     ) {
@@ -262,7 +262,7 @@ impl Locks {
         self.write(call, resend, command, done);
     }
 
-    fn break_command(&self, call: &Call, broken: BreakLock) -> Result<Command, Error> {
+    fn break_command(&self, call: &Call<'_>, broken: BreakLock) -> Result<Command, Error> {
         let BreakLock { context, namespace, lock, token, skip_lock_delay } = broken;
         Ok(Command::BreakLock {
             request: self.request_ids.complete(&self.node, call, &context)?,
@@ -275,7 +275,7 @@ impl Locks {
     /// Proposes what is answered with nothing but its revision.
     fn write(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         resend: bool,
         command: Result<Command, Error>,
         done: impl FnOnce(Result<Revision, Error>) + Send + 'static,
@@ -293,7 +293,7 @@ impl Locks {
     /// Reads a lock.
     pub fn get(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         get: GetLock,
         done: impl FnOnce(Result<FoundLocks, Error>) + Send + 'static,
     ) {
@@ -306,10 +306,10 @@ impl Locks {
         let (node, namespace) = (self.node.clone(), key.namespace.clone());
         let look = move |state: &State| (state.revision(), state.lock(&key, limit));
         read(&self.node, call, get.consistency, look, move |looked| {
-            done(looked.map_err(Error::from).and_then(|(revision, lock)| {
+            done(looked.and_then(|(revision, lock)| {
                 let locks = vec![lock.ok_or_else(Error::lock_not_found)?];
                 let now = node.steady_time();
-                Ok(FoundLocks { revision, namespace, now, locks, more: false })
+                Ok(FoundLocks { revision, namespace, now, locks, next: None })
             }));
         });
     }
@@ -317,7 +317,7 @@ impl Locks {
     /// Lists locks in the order of their names.
     pub fn list(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         list: ListLocks,
         done: impl FnOnce(Result<FoundLocks, Error>) + Send + 'static,
     ) {
@@ -331,9 +331,9 @@ impl Locks {
             (state.revision(), state.list_locks(&listed, after.as_deref(), limit))
         };
         read(&self.node, call, consistency, look, move |looked| {
-            done(looked.map_err(Error::from).map(|(revision, page)| {
+            done(looked.map(|(revision, page)| {
                 let now = node.steady_time();
-                FoundLocks { revision, namespace, now, locks: page.items, more: page.more }
+                FoundLocks { revision, namespace, now, locks: page.items, next: page.next }
             }));
         });
     }

@@ -4,6 +4,7 @@
 //! Answers come by callback. A stream that carries thousands of requests has neither a task nor a
 //! wake-up for each; a single call wraps the callback in a future.
 
+mod admission;
 mod caller;
 mod circles;
 mod cluster;
@@ -15,6 +16,7 @@ mod request;
 mod ring;
 mod session;
 
+pub use admission::{ASKED_WEIGHT, Admission, Count, Share};
 pub use caller::Caller;
 pub use cluster::Cluster;
 pub use error::{Error, ErrorKind};
@@ -32,5 +34,6 @@ pub use ring::{
 };
 pub use session::{
     BatchGet, Created, DeleteSession, Deleted, Found, GetSession, ListSessions, Listed, NewSession,
-    SessionFence, SessionSelector, SessionUpdate, Sessions, Touched, Updated, session_digest,
+    SessionFence, SessionSelector, SessionUpdate, Sessions, Touched, Updated, Wanted,
+    session_digest,
 };

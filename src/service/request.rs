@@ -1,8 +1,11 @@
 //! What comes with every request: who asks, until when, and what makes it happen once.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::admission::Share;
 use super::caller::Caller;
 use super::error::Error;
 use crate::limits::{LOCK_WAIT_MAX, REQUEST_LIFETIME_MAX, REQUEST_TIMEOUT_DEFAULT};
@@ -18,27 +21,40 @@ const CALL_TIMEOUT_MAX: Duration = Duration::from_secs(50);
 pub struct Deadline(pub Duration);
 
 /// One call.
-#[derive(Clone, Copy, Debug)]
-pub struct Call {
+#[derive(Clone, Copy)]
+pub struct Call<'a> {
     /// Who asks.
     pub caller: Caller,
+    /// Where room for the answer comes from.
+    pub share: &'a Arc<Share>,
     /// Until when.
     pub deadline: Deadline,
 }
 
-impl Call {
+impl<'a> Call<'a> {
     /// A call that may take `timeout`, or the default.
-    pub fn within(node: &Node, caller: Caller, timeout: Option<Duration>) -> Self {
+    pub fn within(
+        node: &Node,
+        caller: Caller,
+        share: &'a Arc<Share>,
+        timeout: Option<Duration>,
+    ) -> Self {
         let timeout = timeout.unwrap_or(REQUEST_TIMEOUT_DEFAULT).min(CALL_TIMEOUT_MAX);
-        Self { caller, deadline: Deadline(node.monotonic() + timeout) }
+        Self { caller, share, deadline: Deadline(node.monotonic() + timeout) }
     }
 
     /// A call that waits for a lock, for `wait` at most: it may take that much longer.
-    pub fn waiting(node: &Node, caller: Caller, timeout: Option<Duration>, wait: Duration) -> Self {
+    pub fn waiting(
+        node: &Node,
+        caller: Caller,
+        share: &'a Arc<Share>,
+        timeout: Option<Duration>,
+        wait: Duration,
+    ) -> Self {
         let wait = wait.min(LOCK_WAIT_MAX);
         let timeout = timeout.unwrap_or(wait + REQUEST_TIMEOUT_DEFAULT);
         let timeout = timeout.min(wait + CALL_TIMEOUT_MAX);
-        Self { caller, deadline: Deadline(node.monotonic() + timeout) }
+        Self { caller, share, deadline: Deadline(node.monotonic() + timeout) }
     }
 
     /// The same call, as far as its command has to be answered.
@@ -61,18 +77,56 @@ pub enum Consistency {
     },
 }
 
-/// Looks at the state of a node, as fresh as is asked.
-pub(super) fn read<T>(
-    node: &Node,
-    call: &Call,
+/// A look at the state, and where the room for what it finds comes from.
+struct Look<F> {
+    look: F,
+    share: Arc<Share>,
+}
+
+impl<T, F: FnOnce(&State) -> T> Look<F> {
+    /// Looks, if there is room.
+    fn attempt(self, state: &State) -> Result<Result<T, Error>, Self> {
+        if self.share.admits() { Ok(self.take(state)) } else { Err(self) }
+    }
+
+    /// A panic ends this read, and not whoever else waits for the same barrier.
+    fn take(self, state: &State) -> Result<T, Error> {
+        catch_unwind(AssertUnwindSafe(|| (self.look)(state))).map_err(|_| {
+            self.share.admission().note_panic();
+            Error::panicked()
+        })
+    }
+}
+
+/// Looks at the state of a node, as fresh as is asked and once there is room for what is found.
+pub(super) fn read<T: 'static>(
+    node: &Arc<Node>,
+    call: &Call<'_>,
     consistency: Consistency,
     look: impl FnOnce(&State) -> T + Send + 'static,
-    done: impl FnOnce(Result<T, ReadError>) + Send + 'static,
+    done: impl FnOnce(Result<T, Error>) + Send + 'static,
 ) {
+    let (deadline, again) = (call.deadline.0, node.clone());
+    let look = Look { look, share: call.share.clone() };
+    let attempt = move |state: &State| look.attempt(state);
+    let done = move |looked: Result<Result<Result<T, Error>, Look<_>>, ReadError>| match looked {
+        Ok(Ok(found)) => done(found),
+        // As fresh as it had to be, the state has been already, and it only becomes fresher.
+        Ok(Err(look)) => look.share.clone().park(deadline, move |admitted| match admitted {
+            Ok(()) => {
+                let take = move |state: &State| look.take(state);
+                again.read_local(0, deadline, take, |found| {
+                    done(found.map_err(Error::from).flatten());
+                });
+            }
+            Err(error) => done(Err(error)),
+        }),
+        Err(error) => done(Err(error.into())),
+    };
     match consistency {
-        Consistency::Linearizable => node.read(call.deadline.0, look, done),
+        Consistency::Linearizable => node.read(deadline, attempt, done),
         Consistency::Local { min_revision } => {
-            node.read_local(min_revision, call.deadline.0, look, done);
+            node.read_local(min_revision, deadline, attempt, done);
         }
     }
 }
@@ -115,7 +169,7 @@ impl RequestIds {
     pub(super) fn complete(
         &self,
         node: &Node,
-        call: &Call,
+        call: &Call<'_>,
         context: &RequestContext,
     ) -> Result<Request, Error> {
         let named = context.request_id != 0;

@@ -83,6 +83,13 @@ pub struct LocateKeys {
     pub consistency: Consistency,
 }
 
+impl LocateKeys {
+    /// Bytes of memory that the keys take while the read waits.
+    pub fn weight(&self) -> usize {
+        self.keys.iter().map(|key| size_of::<Bytes>() + key.len()).sum()
+    }
+}
+
 /// Who serves some keys.
 #[derive(Clone, Debug)]
 pub struct LocatedKeys {
@@ -147,7 +154,7 @@ impl Rings {
     /// Makes somebody a member of a ring, or changes what the member says of itself.
     pub fn join(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         join: JoinRing,
         done: impl FnOnce(Result<JoinedRing, Error>) + Send + 'static,
     ) {
@@ -168,7 +175,7 @@ impl Rings {
         });
     }
 
-    fn join_command(&self, call: &Call, join: JoinRing) -> Result<Command, Error> {
+    fn join_command(&self, call: &Call<'_>, join: JoinRing) -> Result<Command, Error> {
         let request = self.request_ids.complete(&self.node, call, &join.context)?;
         let member = member_key(join.namespace, join.ring, join.member)?;
         let lease = lease_id("lease_id", &join.lease_id)?;
@@ -189,7 +196,7 @@ impl Rings {
     /// Removes a member from its ring.
     pub fn leave(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         leave: LeaveRing,
         done: impl FnOnce(Result<Revision, Error>) + Send + 'static,
     ) {
@@ -204,7 +211,7 @@ impl Rings {
         });
     }
 
-    fn leave_command(&self, call: &Call, leave: LeaveRing) -> Result<Command, Error> {
+    fn leave_command(&self, call: &Call<'_>, leave: LeaveRing) -> Result<Command, Error> {
         let request = self.request_ids.complete(&self.node, call, &leave.context)?;
         let member = member_key(leave.namespace, leave.ring, leave.member)?;
         let lease = Some(leave.lease_id).filter(|id| !id.is_empty());
@@ -215,7 +222,7 @@ impl Rings {
     /// Says which members serve some keys.
     pub fn locate(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         locate: LocateKeys,
         done: impl FnOnce(Result<LocatedKeys, Error>) + Send + 'static,
     ) {
@@ -248,7 +255,7 @@ impl Rings {
     /// Reads a ring.
     pub fn get(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         get: GetRing,
         done: impl FnOnce(Result<FoundRing, Error>) + Send + 'static,
     ) {
@@ -259,7 +266,7 @@ impl Rings {
         if get.without_shares {
             let look = move |state: &State| (state.revision(), state.ring(&key));
             return read(&self.node, call, get.consistency, look, move |looked| {
-                done(looked.map_err(Error::from).and_then(|(revision, ring)| {
+                done(looked.and_then(|(revision, ring)| {
                     let ring = Arc::new(ring.ok_or_else(ring_empty)?);
                     Ok(FoundRing { revision, ring, shares: Vec::new() })
                 }));
@@ -286,7 +293,7 @@ impl Rings {
     /// A ring with its circle, and the revision of the state in which it was so.
     fn placed(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         key: RingKey,
         consistency: Consistency,
         done: impl FnOnce(Result<(Revision, Arc<Placed>), Error>) + Send + 'static,

@@ -11,7 +11,7 @@ use super::error::{Error, ErrorKind};
 use super::field::{invalid_page_token, page_size, parse_hex, valid_name, valid_namespace};
 use super::request::{Call, Consistency, RequestContext, RequestIds, read};
 use crate::limits::{
-    ATTRIBUTE_VALUE_BYTES_MAX, PAGE_SIZE_MAX, REQUEST_BYTES_MAX, SESSION_ATTRIBUTES_MAX,
+    ATTRIBUTE_NAMES_MAX, ATTRIBUTE_VALUE_BYTES_MAX, PAGE_SIZE_MAX, SESSION_ATTRIBUTES_MAX,
     SESSION_BYTES_MAX, TIMEOUT_MAX, TIMEOUT_MIN,
 };
 use crate::raft::{Node, WriteError};
@@ -75,6 +75,52 @@ pub struct GetSession {
     pub touch: bool,
 }
 
+/// Which attributes a reader wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// All of them.
+    All,
+    /// Metadata only.
+    None,
+    /// These, ordered and without repetitions.
+    Named(Vec<String>),
+}
+
+impl Wanted {
+    /// What `metadata_only` and `attribute_names` of a request say.
+    ///
+    /// # Errors
+    ///
+    /// If there are too many names, or one can be no attribute's.
+    pub fn of(metadata_only: bool, mut names: Vec<String>) -> Result<Self, Error> {
+        if metadata_only {
+            return Ok(Self::None);
+        }
+        if names.is_empty() {
+            return Ok(Self::All);
+        }
+        if names.len() > ATTRIBUTE_NAMES_MAX {
+            let (found, limit) = (names.len() as u64, ATTRIBUTE_NAMES_MAX as u64);
+            let error = Error::over_limit("attribute_names", "names", found, limit);
+            return Err(error.remedy("name fewer, or leave it empty for all attributes"));
+        }
+        for name in &names {
+            valid_name("attribute_names", name)?;
+        }
+        names.sort_unstable();
+        names.dedup();
+        Ok(Self::Named(names))
+    }
+
+    /// Bytes of memory that the names take while a read waits.
+    pub fn weight(&self) -> usize {
+        match self {
+            Self::All | Self::None => 0,
+            Self::Named(names) => names.iter().map(|name| size_of::<String>() + name.len()).sum(),
+        }
+    }
+}
+
 /// A session as it was found, shared with the state.
 #[derive(Clone)]
 pub struct Found {
@@ -97,6 +143,13 @@ pub struct BatchGet {
     pub sessions: Vec<SessionSelector>,
     /// How fresh.
     pub consistency: Consistency,
+}
+
+impl BatchGet {
+    /// Bytes of memory that the selected keys take while the read waits.
+    pub fn weight(&self) -> usize {
+        self.sessions.len() * size_of::<SessionKey>()
+    }
 }
 
 /// A change to a session.
@@ -197,8 +250,8 @@ pub struct Listed {
     pub namespace: Namespace,
     /// In the order of the request, or of their handles.
     pub sessions: Vec<(Digest, Arc<Session>)>,
-    /// Whether there are more behind the last.
-    pub more: bool,
+    /// Behind which the next page begins, if there is one.
+    pub next: Option<Digest>,
 }
 
 /// The digest under which a session id is known below this layer.
@@ -234,7 +287,7 @@ impl Sessions {
     /// Creates a session.
     pub fn create(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         new: NewSession,
         done: impl FnOnce(Result<Created, Error>) + Send + 'static,
     ) {
@@ -255,7 +308,7 @@ impl Sessions {
 
     fn create_command(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         new: NewSession,
     ) -> Result<(Command, Digest, Option<String>), Error> {
         let request = self.request_ids.complete(&self.node, call, &new.context)?;
@@ -288,7 +341,7 @@ impl Sessions {
     /// Reads a session.
     pub fn get(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         get: GetSession,
         done: impl FnOnce(Result<Found, Error>) + Send + 'static,
     ) {
@@ -305,20 +358,20 @@ impl Sessions {
             call,
             get.consistency,
             move |state| state.query(&query),
-            move |reply| done(reply.map_err(Error::from).and_then(|reply| found(reply, key))),
+            move |reply| done(reply.and_then(|reply| found(reply, key))),
         );
     }
 
     fn get_and_touch(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         key: SessionKey,
         consistency: Consistency,
         done: impl FnOnce(Result<Found, Error>) + Send + 'static,
     ) {
         let node = self.node.clone();
-        let call = *call;
-        let request = match self.request_ids.complete(&self.node, &call, &RequestContext::default())
+        let deadline = call.deadline.0;
+        let request = match self.request_ids.complete(&self.node, call, &RequestContext::default())
         {
             Ok(request) => request,
             Err(error) => return done(Err(error)),
@@ -327,20 +380,20 @@ impl Sessions {
         let now = request.first_sent;
         let touched = key.clone();
         let look = move |state: &State| (state.touch_need(&touched, now), state.query(&query));
-        read(&self.node, &call, consistency, look, move |looked| {
+        read(&self.node, call, consistency, look, move |looked| {
             let (need, reply) = match looked {
                 Ok(looked) => looked,
-                Err(error) => return done(Err(error.into())),
+                Err(error) => return done(Err(error)),
             };
             let touch = Command::TouchSession { request, key: key.clone() };
             match need {
                 TouchNeed::Wait { .. } => {
-                    node.write(&touch, false, call.deadline.0, move |result| {
+                    node.write(&touch, false, deadline, move |result| {
                         done(written(result).and_then(|_| found(reply, key)));
                     });
                 }
                 TouchNeed::Propose { .. } => {
-                    node.write(&touch, false, call.deadline.0, |_| {});
+                    node.write(&touch, false, deadline, |_| {});
                     done(found(reply, key));
                 }
                 TouchNeed::None { .. } | TouchNeed::NotFound => done(found(reply, key)),
@@ -351,7 +404,7 @@ impl Sessions {
     /// Reads several sessions at one revision; those that do not exist are left out.
     pub fn batch_get(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         get: BatchGet,
         done: impl FnOnce(Result<Listed, Error>) + Send + 'static,
     ) {
@@ -368,10 +421,11 @@ impl Sessions {
             (state.revision(), sessions)
         };
         read(&self.node, call, get.consistency, look, move |looked| {
-            done(looked.map_err(Error::from).and_then(|(revision, sessions)| {
-                let listed = Listed { revision, namespace, sessions, more: false };
-                fits_a_message(&listed)?;
-                Ok(listed)
+            done(looked.map(|(revision, sessions)| Listed {
+                revision,
+                namespace,
+                sessions,
+                next: None,
             }));
         });
     }
@@ -379,7 +433,7 @@ impl Sessions {
     /// Changes a session.
     pub fn update(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         update: SessionUpdate,
         done: impl FnOnce(Result<Updated, Error>) + Send + 'static,
     ) {
@@ -398,7 +452,7 @@ impl Sessions {
         });
     }
 
-    fn update_command(&self, call: &Call, update: SessionUpdate) -> Result<Command, Error> {
+    fn update_command(&self, call: &Call<'_>, update: SessionUpdate) -> Result<Command, Error> {
         let request = self.request_ids.complete(&self.node, call, &update.context)?;
         let key = session_key(update.namespace, &update.session)?;
         let mut remove = update.remove;
@@ -437,7 +491,7 @@ impl Sessions {
     /// Slides a session's deadline; costs a log entry only when the stored one has become old.
     pub fn touch(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         context: &RequestContext,
         namespace: String,
         session: &SessionSelector,
@@ -484,7 +538,7 @@ impl Sessions {
     /// Ends a session.
     pub fn delete(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         delete: DeleteSession,
         done: impl FnOnce(Result<Deleted, Error>) + Send + 'static,
     ) {
@@ -498,7 +552,7 @@ impl Sessions {
         });
     }
 
-    fn delete_command(&self, call: &Call, delete: DeleteSession) -> Result<Command, Error> {
+    fn delete_command(&self, call: &Call<'_>, delete: DeleteSession) -> Result<Command, Error> {
         Ok(Command::DeleteSession {
             request: self.request_ids.complete(&self.node, call, &delete.context)?,
             key: session_key(delete.namespace, &delete.session)?,
@@ -510,7 +564,7 @@ impl Sessions {
     /// Lists sessions in the order of their handles.
     pub fn list(
         &self,
-        call: &Call,
+        call: &Call<'_>,
         list: ListSessions,
         done: impl FnOnce(Result<Listed, Error>) + Send + 'static,
     ) {
@@ -525,8 +579,11 @@ impl Sessions {
             consistency,
             move |state| state.query(&query),
             move |reply| {
-                done(reply.map_err(Error::from).map(|QueryReply { revision, sessions, more }| {
-                    Listed { revision, namespace, sessions, more }
+                done(reply.map(|QueryReply { revision, sessions, next }| Listed {
+                    revision,
+                    namespace,
+                    sessions,
+                    next,
                 }));
             },
         );
@@ -552,16 +609,6 @@ fn found(reply: QueryReply, key: SessionKey) -> Result<Found, Error> {
     let (handle, session) =
         reply.sessions.into_iter().next().ok_or_else(Error::session_not_found)?;
     Ok(Found { revision: reply.revision, namespace: key.namespace, handle, session })
-}
-
-/// Sessions may be a mebibyte each; a message may not hold a thousand such.
-fn fits_a_message(listed: &Listed) -> Result<(), Error> {
-    let bytes: u64 = listed.sessions.iter().map(|(_, session)| session.size_bytes()).sum();
-    let limit = REQUEST_BYTES_MAX as u64;
-    if bytes > limit {
-        return Err(Error::over_limit("sessions", "bytes of attributes", bytes, limit));
-    }
-    Ok(())
 }
 
 fn mint_id() -> Result<String, Error> {
@@ -693,5 +740,25 @@ fn valid_timeout(field: &'static str, timeout: Option<Timeout>) -> Result<Option
             format!("{field} has to be between 1 s and 10 years, or never"),
         )),
         timeout => Ok(timeout),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_a_read_wants_are_few_and_in_order() {
+        let names = |names: &[&str]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let of = |wanted: &[&str]| Wanted::of(false, names(wanted));
+        assert_eq!(of(&["b", "a", "b"]), Ok(Wanted::Named(names(&["a", "b"]))));
+        assert_eq!(of(&[]), Ok(Wanted::All));
+        assert_eq!(Wanted::of(true, names(&["a"])), Ok(Wanted::None));
+        assert!(of(&["a"; ATTRIBUTE_NAMES_MAX]).is_ok());
+        let error = of(&["a"; ATTRIBUTE_NAMES_MAX + 1]).unwrap_err();
+        assert_eq!(error.reason, "LIMIT_EXCEEDED");
+        assert!(error.message.contains("attribute_names") && error.message.contains("256"));
+        assert_eq!(of(&[""]).unwrap_err().reason, "INVALID_NAME");
+        assert_eq!(of(&[&"a".repeat(257)]).unwrap_err().reason, "LIMIT_EXCEEDED");
     }
 }

@@ -3,7 +3,8 @@
 //! A million sessions have a million attributes or more. A map of strings would cost several
 //! allocations and some 150 bytes for each, so all of a session's attributes share one run of
 //! bytes: length, name, length, value, ordered by name. Reading one walks the run, at most
-//! `SESSION_ATTRIBUTES_MAX` steps; an update merges old and new in one pass.
+//! `SESSION_ATTRIBUTES_MAX` steps; reading several walks it once, beside their names; an update
+//! merges old and new in one pass.
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -26,6 +27,25 @@ impl<'a> Attributes<'a> {
     pub fn find(self, name: &str) -> Option<&'a [u8]> {
         let mut rest = self.skip_while(|(other, _)| *other < name);
         rest.next().filter(|(other, _)| *other == name).map(|(_, value)| value)
+    }
+
+    /// Those of `names` that there are. The names have to be ordered, without repetitions.
+    pub fn named<'n>(self, names: &'n [String]) -> impl Iterator<Item = (&'a str, &'a [u8])> + 'n
+    where
+        'a: 'n,
+    {
+        let mut rest = self;
+        let mut names = names.iter().map(String::as_str).peekable();
+        std::iter::from_fn(move || {
+            while names.peek().is_some() {
+                let (name, value) = rest.next()?;
+                while names.next_if(|wanted| *wanted < name).is_some() {}
+                if names.next_if_eq(&name).is_some() {
+                    return Some((name, value));
+                }
+            }
+            None
+        })
     }
 }
 
@@ -167,6 +187,10 @@ mod tests {
                 let value = expected.get(name).map(|value| value.as_ref());
                 prop_assert_eq!(merged.find(name), value);
             }
+            let wanted: Vec<String> = set.into_keys().collect();
+            let named: Vec<_> = merged.named(&wanted).collect();
+            let found = wanted.iter().filter_map(|name| Some((&**name, merged.find(name)?)));
+            prop_assert_eq!(named, found.collect::<Vec<_>>());
         }
     }
 

@@ -323,8 +323,8 @@ pub struct QueryReply {
     pub revision: Revision,
     /// Live sessions only: at most one for a Get, up to the limit for a List.
     pub sessions: Vec<(Digest, Arc<Session>)>,
-    /// For a List: whether there are more behind the last one.
-    pub more: bool,
+    /// For a List: behind which the next page begins, if there is one.
+    pub next: Option<Digest>,
 }
 
 /// What a command answered.

@@ -422,8 +422,8 @@ impl World {
                 let found = state.query(&Query::GetSession(key.clone())).sessions;
                 assert_eq!(found, [(*digest, session.clone())]);
             }
-            after = reply.sessions.last().map(|(digest, _)| *digest);
-            if !reply.more {
+            after = reply.next;
+            if after.is_none() {
                 break;
             }
         }

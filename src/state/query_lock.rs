@@ -11,21 +11,13 @@ use super::command::{Namespace, Revision};
 use super::coordination::Coordination;
 use super::lease::{Lease, LeaseId, LeaseKey};
 use super::lock::Lock;
+use super::query::{Page, page};
 
 /// Most holders, and most waiters, of one lock that a read of it looks at to count those that are
 /// not over. The rest all count.
 const COUNTED_MAX: usize = 1_000;
 /// The same for each lock on a page of a list.
 const LISTED_COUNTED_MAX: usize = 32;
-
-/// Part of a list.
-#[derive(Clone, Debug)]
-pub struct Page<T> {
-    /// Those on it, in their order.
-    pub items: Vec<T>,
-    /// Whether there are more behind the last one.
-    pub more: bool,
-}
 
 /// A lease as it is read.
 #[derive(Clone, Debug)]
@@ -89,14 +81,14 @@ impl State {
         namespace: &Namespace,
         after: Option<LeaseId>,
         limit: usize,
-    ) -> Page<LeaseView> {
+    ) -> Page<LeaseId, LeaseView> {
         let Some(coordination) = self.records.coordination(namespace) else {
-            return Page { items: Vec::new(), more: false };
+            return Page { items: Vec::new(), next: None };
         };
-        let leases = coordination.leases(after);
-        let alive = leases.filter(|(_, lease)| !lease.is_due(self.clock.steady));
-        let view = |(id, lease)| lease_view(coordination, id, lease, LISTED_COUNTED_MAX);
-        page(alive.map(view), limit)
+        page(coordination.leases(after), limit, |id, lease| {
+            let is_alive = !lease.is_due(self.clock.steady);
+            is_alive.then(|| lease_view(coordination, *id, lease, LISTED_COUNTED_MAX))
+        })
     }
 
     /// What hangs from a lease, held or waiting; at most `limit` claims, in no particular order.
@@ -133,14 +125,14 @@ impl State {
         namespace: &Namespace,
         after: Option<&str>,
         limit: usize,
-    ) -> Page<LockView> {
+    ) -> Page<Arc<str>, LockView> {
         let Some(coordination) = self.records.coordination(namespace) else {
-            return Page { items: Vec::new(), more: false };
+            return Page { items: Vec::new(), next: None };
         };
-        let views = coordination.locks(after).filter_map(|(name, lock)| {
+        let locks = coordination.locks(after).map(|(name, lock)| (name.clone(), lock));
+        page(locks, limit, |name, lock| {
             self.lock_view(coordination, name, lock, 1, LISTED_COUNTED_MAX)
-        });
-        page(views, limit)
+        })
     }
 
     fn lock_view(
@@ -212,10 +204,4 @@ fn lease_view(
     let claims = coordination.claims_count(id) as u64;
     let members = coordination.members_count(id) as u64;
     LeaseView { id, lease: lease.clone(), claims, held, members }
-}
-
-/// The first `limit`, and whether there is another.
-fn page<T>(mut items: impl Iterator<Item = T>, limit: usize) -> Page<T> {
-    let page = items.by_ref().take(limit).collect();
-    Page { items: page, more: items.next().is_some() }
 }

@@ -39,7 +39,7 @@ impl Script {
                 let page = self.state.list_leases(&namespace, after, limit);
                 let name = |view: &LeaseView| format!("{}({})", id_text(view.id), view.claims);
                 let names: Vec<_> = page.items.iter().map(name).collect();
-                let more = if page.more { ", more" } else { "" };
+                let more = if page.next.is_some() { ", more" } else { "" };
                 writeln!(out, "[{}]{more}", names.join(" ")).unwrap();
             }
             "lock" => {
@@ -59,7 +59,7 @@ impl Script {
                     format!("{}({}+{})", view.name, view.holders_count, view.waiters_count)
                 };
                 let names: Vec<_> = page.items.iter().map(name).collect();
-                let more = if page.more { ", more" } else { "" };
+                let more = if page.next.is_some() { ", more" } else { "" };
                 writeln!(out, "[{}]{more}", names.join(" ")).unwrap();
             }
             "crowd" => self.crowd(words, out),

@@ -298,7 +298,7 @@ impl Script {
         });
         let name = |(digest, _): &(Digest, _)| digest_text(digest);
         let names: Vec<_> = reply.sessions.iter().map(name).collect();
-        let more = if reply.more { ", more" } else { "" };
+        let more = if reply.next.is_some() { ", more" } else { "" };
         writeln!(out, "@{}: [{}]{more}", reply.revision, names.join(" ")).unwrap();
     }
 }

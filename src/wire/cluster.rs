@@ -8,13 +8,16 @@ use super::convert::{
     cluster_id_out, duration_out, member_out, status_out, timestamp_in, timestamp_out,
 };
 use super::status::status;
-use super::unary::timeout_of;
+use super::unary::Asked;
+use crate::accept::AcceptCounts;
 use crate::proto::v1;
 use crate::proto::v1::cluster_service_server::ClusterService;
-use crate::service::{Call, Caller, Cluster};
+use crate::service::{Admission, Cluster};
 
 pub(super) struct ClusterServer {
     pub(super) cluster: Arc<Cluster>,
+    pub(super) admission: Arc<Admission>,
+    pub(super) accepted: Arc<AcceptCounts>,
 }
 
 /// Who answers, who leads, and what time it is.
@@ -55,8 +58,9 @@ impl ClusterService for ClusterServer {
         &self,
         request: Request<v1::InitializeRequest>,
     ) -> Result<Response<v1::InitializeResponse>, Status> {
-        let call = Call::within(self.cluster.node(), Caller, timeout_of(&request));
-        let members = request.into_inner().members;
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.cluster.node());
+        let members = message.members;
         let listed = members.into_iter().map(|m| (m.node_id, m.peer_address)).collect();
         let cluster_id = self.cluster.initialize(&call, listed).await.map_err(status)?;
         Ok(Response::new(v1::InitializeResponse { cluster_id: format!("{cluster_id:032x}") }))
@@ -66,8 +70,15 @@ impl ClusterService for ClusterServer {
         &self,
         request: Request<v1::StatusRequest>,
     ) -> Result<Response<v1::StatusResponse>, Status> {
-        let call = Call::within(self.cluster.node(), Caller, timeout_of(&request));
-        Ok(Response::new(status_out(self.cluster.status(&call), resident_bytes())))
+        let (asked, _) = Asked::of(request);
+        let call = asked.call(self.cluster.node());
+        let mut response = status_out(self.cluster.status(&call), resident_bytes());
+        response.client_connections = self.accepted.open() as u64;
+        response.refused_connections = self.accepted.refused();
+        response.stuck_connections = self.admission.stuck_connections();
+        response.answer_bytes = self.admission.held_bytes() as u64;
+        response.request_panics = self.admission.panics();
+        Ok(Response::new(response))
     }
 
     async fn set_time(

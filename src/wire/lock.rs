@@ -9,10 +9,10 @@ use super::convert::{
     get_lock_in, list_locks_in, listed_locks_out, release_in, released_out,
 };
 use super::status::status;
-use super::unary::{Reply, answered, call_of, waiting_call_of};
+use super::unary::{Asked, Reply, answered};
 use crate::proto::v1;
 use crate::proto::v1::lock_service_server::LockService;
-use crate::service::Locks;
+use crate::service::{FoundLocks, Locks};
 
 pub(super) struct LockServer {
     pub(super) locks: Arc<Locks>,
@@ -24,11 +24,9 @@ impl LockService for LockServer {
         &self,
         request: Request<v1::AcquireLockRequest>,
     ) -> Reply<v1::AcquireLockResponse> {
-        let node = self.locks.node();
-        let (metadata, extensions, message) = request.into_parts();
+        let (asked, message) = Asked::of(request);
         let acquire = acquire_in(message).map_err(status)?;
-        let request = Request::from_parts(metadata, extensions, ());
-        let call = waiting_call_of(node, &request, acquire.wait);
+        let call = asked.waiting_call(self.locks.node(), acquire.wait);
         let acquired = answered(|done| self.locks.acquire(&call, acquire, done)).await?;
         Ok(Response::new(acquired_out(&acquired)))
     }
@@ -37,8 +35,9 @@ impl LockService for LockServer {
         &self,
         request: Request<v1::CancelAcquireRequest>,
     ) -> Reply<v1::CancelAcquireResponse> {
-        let call = call_of(self.locks.node(), &request);
-        let cancel = cancel_in(request.into_inner()).map_err(status)?;
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.locks.node());
+        let cancel = cancel_in(message).map_err(status)?;
         let revision = answered(|done| self.locks.cancel(&call, cancel, done)).await?;
         Ok(Response::new(cancelled_out(revision)))
     }
@@ -47,35 +46,39 @@ impl LockService for LockServer {
         &self,
         request: Request<v1::ReleaseLockRequest>,
     ) -> Reply<v1::ReleaseLockResponse> {
-        let call = call_of(self.locks.node(), &request);
-        let release = release_in(request.into_inner()).map_err(status)?;
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.locks.node());
+        let release = release_in(message).map_err(status)?;
         let revision = answered(|done| self.locks.release(&call, release, done)).await?;
         Ok(Response::new(released_out(revision)))
     }
 
     async fn get_lock(&self, request: Request<v1::GetLockRequest>) -> Reply<v1::GetLockResponse> {
-        let call = call_of(self.locks.node(), &request);
-        let get = get_lock_in(request.into_inner()).map_err(status)?;
-        let found = answered(|done| self.locks.get(&call, get, done)).await?;
-        Ok(Response::new(found_lock_out(&found)))
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.locks.node());
+        let get = get_lock_in(message).map_err(status)?;
+        let out = |found: FoundLocks| Ok(found_lock_out(&found));
+        asked.find(0, |done| self.locks.get(&call, get, done), out).await
     }
 
     async fn list_locks(
         &self,
         request: Request<v1::ListLocksRequest>,
     ) -> Reply<v1::ListLocksResponse> {
-        let call = call_of(self.locks.node(), &request);
-        let list = list_locks_in(request.into_inner()).map_err(status)?;
-        let found = answered(|done| self.locks.list(&call, list, done)).await?;
-        Ok(Response::new(listed_locks_out(&found)))
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.locks.node());
+        let list = list_locks_in(message).map_err(status)?;
+        let out = |found: FoundLocks| Ok(listed_locks_out(&found));
+        asked.find(0, |done| self.locks.list(&call, list, done), out).await
     }
 
     async fn break_lock(
         &self,
         request: Request<v1::BreakLockRequest>,
     ) -> Reply<v1::BreakLockResponse> {
-        let call = call_of(self.locks.node(), &request);
-        let broken = break_in(request.into_inner()).map_err(status)?;
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.locks.node());
+        let broken = break_in(message).map_err(status)?;
         let revision = answered(|done| self.locks.break_lock(&call, broken, done)).await?;
         Ok(Response::new(broken_out(revision)))
     }

@@ -1,7 +1,9 @@
 //! Bytes ⇄ domain types. No decisions.
 
+mod answers;
 mod cluster;
 mod convert;
+mod draining;
 mod front;
 mod lease;
 mod lock;
@@ -16,10 +18,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::sync::Notify;
-use tonic::transport::server::TcpIncoming;
 
-use crate::limits::REQUEST_BYTES_MAX;
+use self::draining::Draining;
+use crate::accept::{AcceptPolicy, accept};
+use crate::limits::{CALLS_OF_CONNECTION_MAX, FAULTY_CALLS_OF_CONNECTION_MAX, REQUEST_BYTES_MAX};
 use crate::proto::DESCRIPTORS;
 use crate::proto::v1::cluster_service_server::ClusterServiceServer;
 use crate::proto::v1::lease_service_server::LeaseServiceServer;
@@ -28,7 +30,7 @@ use crate::proto::v1::pipeline_service_server::PipelineServiceServer;
 use crate::proto::v1::ring_service_server::RingServiceServer;
 use crate::proto::v1::session_service_server::SessionServiceServer;
 use crate::raft::Node;
-use crate::service::{Cluster, Leases, Locks, Rings, Sessions};
+use crate::service::{Admission, Cluster, Leases, Locks, Rings, Sessions};
 
 /// How often the health service looks at the node.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(50);
@@ -69,20 +71,8 @@ impl UseCases {
     }
 }
 
-/// Serves clients on `listener` until `shutdown`, then drains.
-///
-/// # Errors
-///
-/// If the listener fails.
-pub async fn serve(
-    node: Arc<Node>,
-    listener: TcpListener,
-    shutdown: impl Future<Output = ()> + Send + 'static,
-) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let use_cases = UseCases::new(&node)?;
-    let (health, health_service) = tonic_health::server::health_reporter();
-    node.supervise("health", watch_health(node.clone(), health));
-    let reflection = tonic_reflection::server::Builder::configure()
+fn reflection() -> tonic_reflection::server::Builder<'static> {
+    tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .with_service_name("quorate.v1.SessionService")
@@ -91,43 +81,67 @@ pub async fn serve(
         .with_service_name("quorate.v1.RingService")
         .with_service_name("quorate.v1.ClusterService")
         .with_service_name("quorate.v1.PipelineService")
-        .build_v1()?;
-    // Ends every stream once what is under way on it has been answered.
-    let draining = Arc::new(Notify::new());
+}
+
+/// Serves clients on `listener`, on so many connections at once, until `shutdown`; then drains.
+///
+/// # Errors
+///
+/// If the listener fails.
+pub async fn serve(
+    node: Arc<Node>,
+    listener: TcpListener,
+    connections_max: usize,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let use_cases = UseCases::new(&node)?;
+    let admission = Admission::new();
+    let (health, health_service) = tonic_health::server::health_reporter();
+    node.supervise("health", watch_health(node.clone(), health));
+    let clock = node.clone();
+    node.supervise("admission", admission.clone().run(move || clock.monotonic()));
+    let (drain, draining) = draining::draining();
     let pipelines = pipeline::Pipelines::new(use_cases.clone(), draining.clone());
-    let front = front(&use_cases, &draining);
+    let front = front(&use_cases, &admission, &draining);
+    let policy = AcceptPolicy { port: "client", most: connections_max, replace_silent: None };
+    let (connections, accepted) = accept(listener, policy, {
+        let admission = admission.clone();
+        move |line| {
+            let line = line.clone();
+            admission.share(move || line.close())
+        }
+    });
     let shutdown = async move {
         shutdown.await;
-        draining.notify_waiters();
+        drain.begin();
         node.stop_waiting();
     };
     let rings = ring::RingServer { rings: use_cases.rings };
-    let cluster = use_cases.cluster;
+    let cluster = cluster::ClusterServer { cluster: use_cases.cluster, admission, accepted };
     tonic::transport::Server::builder()
         .initial_stream_window_size(4 << 20)
         .initial_connection_window_size(16 << 20)
-        .max_concurrent_streams(4096)
+        .max_concurrent_streams(CALLS_OF_CONNECTION_MAX)
+        .http2_max_pending_accept_reset_streams(Some(CALLS_OF_CONNECTION_MAX as usize))
+        .http2_max_local_error_reset_streams(Some(FAULTY_CALLS_OF_CONNECTION_MAX))
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .layer(front)
         .add_service(health_service)
-        .add_service(reflection)
-        .add_service(ClusterServiceServer::new(cluster::ClusterServer { cluster }))
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?)
+        .add_service(ClusterServiceServer::new(cluster))
         .add_service(RingServiceServer::new(rings).max_decoding_message_size(REQUEST_BYTES_MAX))
         .add_service(
             PipelineServiceServer::new(pipelines).max_decoding_message_size(REQUEST_BYTES_MAX),
         )
-        .serve_with_incoming_shutdown(
-            // The server only sets this itself on listeners that it has opened.
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            shutdown,
-        )
+        .serve_with_incoming_shutdown(connections, shutdown)
         .await?;
     Ok(())
 }
 
 /// The services that calls are handed to without the router.
-fn front(use_cases: &UseCases, draining: &Arc<Notify>) -> front::Front {
+fn front(use_cases: &UseCases, admission: &Arc<Admission>, draining: &Draining) -> front::Front {
     let sessions = session::SessionServer { sessions: use_cases.sessions.clone() };
     let leases =
         lease::LeaseServer { leases: use_cases.leases.clone(), draining: draining.clone() };
@@ -136,6 +150,7 @@ fn front(use_cases: &UseCases, draining: &Arc<Notify>) -> front::Front {
         sessions: SessionServiceServer::new(sessions).max_decoding_message_size(REQUEST_BYTES_MAX),
         leases: LeaseServiceServer::new(leases).max_decoding_message_size(REQUEST_BYTES_MAX),
         locks: LockServiceServer::new(locks).max_decoding_message_size(REQUEST_BYTES_MAX),
+        admission: admission.clone(),
     }
 }
 

@@ -2,27 +2,25 @@
 //!
 //! One task reads; each request goes straight into the service with a callback that puts the
 //! answer into the stream's outbox. A request is under way until its answer has left the outbox
-//! for the transport; at the limit, of their number or of the bytes in the outbox, nothing more is
-//! read, and the client's sends are stopped by flow control. What was under way by then may still
-//! be answered by a megabyte each, so beyond twice those bytes reads are refused: a client that
-//! does not read its answers cannot make the node hold much.
+//! for the encoder; at the limit of their number, or without room to ask on the connection
+//! (`service::admission`), nothing more is read, and the client's sends are stopped by flow control.
 //!
 //! An Acquire that waits for its lock is counted apart until it is answered, and beyond a limit of
 //! its own it is refused. Were it under way, enough of them would keep the node from reading the
 //! very release that they wait for.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
-use prost::Message as _;
 use tokio::sync::{Notify, mpsc};
-use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::UseCases;
+use super::answers::{Encoding, Outbox, Weight as _, make};
 use super::cluster::describe;
 use super::convert::{
     acquire_in, acquired_out, batch_get_in, batch_out, break_in, broken_out, cancel_in,
@@ -33,33 +31,35 @@ use super::convert::{
     release_in, released_out, renew_in, renewed_out, revoke_in, revoked_out, touch_in, touched_out,
     update_in, updated_out,
 };
+use super::draining::Draining;
 use super::status::{empty_request, pipeline_error};
-use crate::limits::{PIPELINE_ANSWER_BYTES_MAX, PIPELINE_IN_FLIGHT_MAX, PIPELINE_WAITING_MAX};
+use super::unary::share_of;
+use crate::limits::{PIPELINE_IN_FLIGHT_MAX, PIPELINE_WAITING_MAX};
 use crate::proto::v1;
 use crate::proto::v1::pipeline_request::Request as Asked;
 use crate::proto::v1::pipeline_response::Response as Answer;
 use crate::proto::v1::pipeline_service_server::PipelineService;
-use crate::service::{Call, Caller, Error, Leases, Locks, Rings, Sessions};
+use crate::service::{
+    ASKED_WEIGHT, Call, Caller, Count, Error, Leases, Locks, Rings, Sessions, Share,
+};
 
 pub(super) struct Pipelines {
     use_cases: UseCases,
     /// Ends every stream once what is under way on it has been answered.
-    draining: Arc<Notify>,
+    draining: Draining,
 }
 
 impl Pipelines {
-    pub(super) fn new(use_cases: UseCases, draining: Arc<Notify>) -> Self {
+    pub(super) fn new(use_cases: UseCases, draining: Draining) -> Self {
         Self { use_cases, draining }
     }
 }
 
-/// Answers, each with the bytes that it counts for.
-type Outbox = mpsc::UnboundedSender<(v1::PipelineResponse, usize)>;
-
 /// The way of answers into one stream.
 struct Flow {
-    outbox: Outbox,
+    answers: mpsc::UnboundedSender<(v1::PipelineResponse, Count)>,
     room: Arc<Room>,
+    share: Arc<Share>,
 }
 
 /// How full one stream is.
@@ -67,8 +67,6 @@ struct Room {
     under_way: AtomicUsize,
     /// Acquires that wait, which are not under way.
     waiting: AtomicUsize,
-    /// Bytes of the answers in the outbox.
-    bytes: AtomicUsize,
     made: Notify,
 }
 
@@ -77,21 +75,16 @@ impl Room {
         Self {
             under_way: AtomicUsize::new(under_way),
             waiting: AtomicUsize::new(0),
-            bytes: AtomicUsize::new(0),
             made: Notify::new(),
         }
     }
 
     fn is_full(&self) -> bool {
         self.under_way.load(Ordering::Acquire) >= PIPELINE_IN_FLIGHT_MAX
-            || self.bytes.load(Ordering::Acquire) >= PIPELINE_ANSWER_BYTES_MAX
     }
 
-    fn left(&self, bytes: usize) {
-        let was_full = self.under_way.fetch_sub(1, Ordering::AcqRel) == PIPELINE_IN_FLIGHT_MAX;
-        let before = self.bytes.fetch_sub(bytes, Ordering::AcqRel);
-        let most = PIPELINE_ANSWER_BYTES_MAX;
-        if was_full || (before >= most && before - bytes < most) {
+    fn left(&self) {
+        if self.under_way.fetch_sub(1, Ordering::AcqRel) == PIPELINE_IN_FLIGHT_MAX {
             self.made.notify_one();
         }
     }
@@ -102,7 +95,7 @@ impl Room {
             self.waiting.fetch_sub(1, Ordering::AcqRel);
             return false;
         }
-        self.left(0);
+        self.left();
         true
     }
 
@@ -113,34 +106,100 @@ impl Room {
     }
 }
 
-impl Flow {
-    fn answer(&self, correlation_id: u64, result: Result<Answer, Error>) {
-        let refused = |error| Answer::Error(pipeline_error(error));
-        let mut response = result.unwrap_or_else(refused);
-        let mut bytes = found_bytes(&response);
-        let before = self.room.bytes.fetch_add(bytes, Ordering::AcqRel);
-        if bytes > 0 && before >= 2 * PIPELINE_ANSWER_BYTES_MAX {
-            self.room.bytes.fetch_sub(bytes, Ordering::AcqRel);
-            (response, bytes) = (refused(Error::unread_answers()), 0);
+/// An answer that is due. It counts for something from the request on, and for what it weighs once
+/// it is made; see `answers`.
+struct Due {
+    flow: Arc<Flow>,
+    correlation_id: u64,
+    asked: usize,
+    is_sent: bool,
+}
+
+impl Due {
+    fn new(flow: Arc<Flow>, correlation_id: u64) -> Self {
+        flow.room.under_way.fetch_add(1, Ordering::AcqRel);
+        flow.share.hold(Count::asked(ASKED_WEIGHT));
+        Self { flow, correlation_id, asked: ASKED_WEIGHT, is_sent: false }
+    }
+
+    /// Counts for so much more, for what the request names.
+    fn weigh(&mut self, names: usize) {
+        self.flow.share.hold(Count::asked(names));
+        self.asked += names;
+    }
+
+    /// It waits, perhaps for long, and takes little room: there is a limit for such.
+    fn begins_to_wait(&mut self) -> bool {
+        let may = self.flow.room.begins_to_wait();
+        if may {
+            self.flow.share.release(Count::asked(std::mem::take(&mut self.asked)));
         }
-        let response = Some(response);
+        may
+    }
+
+    fn ends_to_wait(&mut self) {
+        self.flow.room.ends_to_wait();
+        self.flow.share.hold(Count::asked(ASKED_WEIGHT));
+        self.asked = ASKED_WEIGHT;
+    }
+
+    fn answer<T>(self, result: Result<T, Error>, out: impl FnOnce(T) -> Result<Answer, Error>) {
+        let answer = make(&self.flow.share, result, out);
+        self.send(answer.unwrap_or_else(|error| Answer::Error(pipeline_error(error))));
+    }
+
+    fn refuse(self, error: Error) {
+        self.send(Answer::Error(pipeline_error(error)));
+    }
+
+    fn send(mut self, mut answer: Answer) {
+        let share = &self.flow.share;
+        let bytes = found_bytes(&answer);
+        let small = Count::asked(self.asked.min(ASKED_WEIGHT));
+        let count = if bytes <= ASKED_WEIGHT {
+            small
+        } else if share.can_hold(bytes) {
+            Count::answers(bytes)
+        } else {
+            answer = Answer::Error(pipeline_error(Error::unread_answers()));
+            small
+        };
+        share.hold(Count::answers(count.answers));
+        if self.asked > count.asked {
+            share.release(Count::asked(self.asked - count.asked));
+        }
+        let response = Some(answer);
+        let response = v1::PipelineResponse { correlation_id: self.correlation_id, response };
+        self.is_sent = true;
         // A client that has gone away does not want the answer.
-        let _ = self.outbox.send((v1::PipelineResponse { correlation_id, response }, bytes));
+        if self.flow.answers.send((response, count)).is_err() {
+            self.flow.share.release(count);
+        }
     }
 }
 
-/// What an answer counts for: its bytes, if it is to a read, as those to writes are small.
+impl Drop for Due {
+    fn drop(&mut self) {
+        if !self.is_sent {
+            self.flow.room.left();
+            self.flow.share.release(Count::asked(self.asked));
+        }
+    }
+}
+
+/// What an answer counts for beyond what its request does, as those to writes are small.
 fn found_bytes(answer: &Answer) -> usize {
     match answer {
-        Answer::GetSession(found) => found.encoded_len(),
-        Answer::BatchGetSessions(found) => found.encoded_len(),
-        Answer::ListSessions(found) => found.encoded_len(),
-        Answer::GetLease(found) => found.encoded_len(),
-        Answer::ListLeases(found) => found.encoded_len(),
-        Answer::GetLock(found) => found.encoded_len(),
-        Answer::ListLocks(found) => found.encoded_len(),
-        Answer::GetRing(found) => found.encoded_len(),
-        Answer::LocateKeys(found) => found.encoded_len(),
+        Answer::GetSession(found) => found.weight(),
+        Answer::BatchGetSessions(found) => found.weight(),
+        Answer::ListSessions(found) => found.weight(),
+        Answer::GetLease(found) => found.weight(),
+        Answer::ListLeases(found) => found.weight(),
+        Answer::KeepAliveLeases(renewed) => renewed.weight(),
+        Answer::GetLock(found) => found.weight(),
+        Answer::ListLocks(found) => found.weight(),
+        Answer::GetRing(found) => found.weight(),
+        Answer::LocateKeys(found) => found.weight(),
         _ => 0,
     }
 }
@@ -153,71 +212,88 @@ impl PipelineService for Pipelines {
         &self,
         request: Request<Streaming<v1::PipelineRequest>>,
     ) -> Result<Response<Self::PipelineStream>, Status> {
+        let share = share_of(&request);
         let requests = request.into_inner();
-        let (outbox, outbound) = mpsc::unbounded_channel();
+        let (answers, inbox) = mpsc::unbounded_channel();
         let hello = Some(Answer::Hello(describe(&self.use_cases.cluster)));
         let hello = v1::PipelineResponse { correlation_id: 0, response: hello };
         // The receiver is held right here.
-        let _ = outbox.send((hello, 0));
+        let _ = answers.send((hello, Count::default()));
         // The hello counts as well, as it leaves like an answer.
         let room = Arc::new(Room::holding(1));
-        let flow = Arc::new(Flow { outbox, room: room.clone() });
+        let encoding = Encoding::new(share.clone(), Count::default());
+        let flow = Arc::new(Flow { answers, room: room.clone(), share });
         tokio::spawn(read(self.use_cases.clone(), requests, flow, self.draining.clone()));
-        let outbound = UnboundedReceiverStream::new(outbound).map(move |(answer, bytes)| {
-            room.left(bytes);
+        let outbound = Outbox::new(inbox, encoding.clone()).map(move |answer| {
+            room.left();
             Ok(answer)
         });
-        Ok(Response::new(outbound.boxed()))
+        let mut response = Response::new(outbound.boxed());
+        response.extensions_mut().insert(encoding);
+        Ok(response)
     }
 }
 
 /// Reads requests until the client ends the stream or the node drains. The stream closes when the
-/// last request under way has dropped its handle on the outbox.
+/// last request under way has dropped its handle on the flow.
 async fn read(
     use_cases: UseCases,
     mut requests: Streaming<v1::PipelineRequest>,
     flow: Arc<Flow>,
-    draining: Arc<Notify>,
+    mut draining: Draining,
 ) {
-    let drained = draining.notified();
-    let mut drained = std::pin::pin!(drained);
+    let mut drained = std::pin::pin!(draining.begun());
     loop {
+        let is_full = flow.room.is_full();
+        let next = async {
+            flow.share.room_to_ask().await;
+            requests.message().await
+        };
         let request = tokio::select! {
             biased;
-            request = requests.message(), if !flow.room.is_full() => request,
-            () = flow.room.made.notified() => continue,
+            request = next, if !is_full => request,
+            () = flow.room.made.notified(), if is_full => continue,
             () = &mut drained => return,
         };
         let Ok(Some(request)) = request else { return };
-        flow.room.under_way.fetch_add(1, Ordering::AcqRel);
-        dispatch(&use_cases, request, flow.clone());
+        dispatch(&use_cases, request, &flow);
     }
 }
 
-fn dispatch(use_cases: &UseCases, request: v1::PipelineRequest, flow: Arc<Flow>) {
+/// A panic on the way is this request's alone.
+fn dispatch(use_cases: &UseCases, request: v1::PipelineRequest, flow: &Arc<Flow>) {
     let id = request.correlation_id;
+    let dispatched = catch_unwind(AssertUnwindSafe(|| begin(use_cases, request, flow)));
+    if dispatched.is_err() {
+        flow.share.admission().note_panic();
+        Due::new(flow.clone(), id).refuse(Error::panicked());
+    }
+}
+
+fn begin(use_cases: &UseCases, request: v1::PipelineRequest, flow: &Arc<Flow>) {
+    let id = request.correlation_id;
+    let due = || Due::new(flow.clone(), id);
     let timeout = request.timeout.map(|timeout| duration_in("timeout", timeout)).transpose();
     let (timeout, asked) = match (timeout, request.request) {
         (Ok(timeout), Some(asked)) => (timeout, asked),
-        (Err(error), _) => return flow.answer(id, Err(error)),
-        (_, None) => return flow.answer(id, Err(empty_request())),
+        (Err(error), _) => return due().refuse(error),
+        (_, None) => return due().refuse(empty_request()),
     };
-    let failed = flow.clone();
-    if let Err(error) = serve(use_cases, timeout, asked, id, flow) {
-        failed.answer(id, Err(error));
+    if let Err(error) = serve(use_cases, &flow.share, timeout, asked, due()) {
+        due().refuse(error);
     }
 }
 
-/// Hands a request to its use case, which answers through `flow`; an error is for the caller to
+/// Hands a request to its use case, which answers what is due; an error is for the caller to
 /// answer.
 fn serve(
     use_cases: &UseCases,
+    share: &Arc<Share>,
     timeout: Option<Duration>,
     asked: Asked,
-    id: u64,
-    flow: Arc<Flow>,
+    due: Due,
 ) -> Result<(), Error> {
-    let call = &Call::within(use_cases.sessions.node(), Caller, timeout);
+    let call = &Call::within(use_cases.sessions.node(), Caller, share, timeout);
     match asked {
         Asked::CreateSession(_)
         | Asked::GetSession(_)
@@ -225,68 +301,69 @@ fn serve(
         | Asked::UpdateSession(_)
         | Asked::TouchSession(_)
         | Asked::DeleteSession(_)
-        | Asked::ListSessions(_) => serve_session(&use_cases.sessions, call, asked, id, flow),
+        | Asked::ListSessions(_) => serve_session(&use_cases.sessions, call, asked, due),
         Asked::GrantLease(_)
         | Asked::KeepAliveLeases(_)
         | Asked::RevokeLease(_)
         | Asked::GetLease(_)
-        | Asked::ListLeases(_) => serve_lease(&use_cases.leases, call, asked, id, flow),
-        Asked::AcquireLock(request) => acquire(&use_cases.locks, timeout, request, id, flow),
+        | Asked::ListLeases(_) => serve_lease(&use_cases.leases, call, asked, due),
+        Asked::AcquireLock(request) => acquire(&use_cases.locks, share, timeout, request, due),
         Asked::CancelAcquire(_)
         | Asked::ReleaseLock(_)
         | Asked::GetLock(_)
         | Asked::ListLocks(_)
-        | Asked::BreakLock(_) => serve_lock(&use_cases.locks, call, asked, id, flow),
+        | Asked::BreakLock(_) => serve_lock(&use_cases.locks, call, asked, due),
         Asked::JoinRing(_) | Asked::LeaveRing(_) | Asked::LocateKeys(_) | Asked::GetRing(_) => {
-            serve_ring(&use_cases.rings, call, asked, id, flow)
+            serve_ring(&use_cases.rings, call, asked, due)
         }
     }
 }
 
 fn serve_session(
     sessions: &Sessions,
-    call: &Call,
+    call: &Call<'_>,
     asked: Asked,
-    id: u64,
-    flow: Arc<Flow>,
+    mut due: Due,
 ) -> Result<(), Error> {
     match asked {
         Asked::CreateSession(request) => {
             sessions.create(call, create_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::CreateSession(created_out(it))));
+                due.answer(result, |it| Ok(Answer::CreateSession(created_out(it))));
             });
         }
         Asked::GetSession(request) => {
             let (get, wanted) = get_in(request)?;
+            due.weigh(wanted.weight());
             sessions.get(call, get, move |result| {
-                flow.answer(id, result.map(|it| Answer::GetSession(found_out(&it, &wanted))));
+                due.answer(result, |it| Ok(Answer::GetSession(found_out(&it, &wanted))));
             });
         }
         Asked::BatchGetSessions(request) => {
             let (get, wanted) = batch_get_in(request)?;
+            due.weigh(wanted.weight() + get.weight());
             sessions.batch_get(call, get, move |result| {
-                flow.answer(id, result.map(|it| Answer::BatchGetSessions(batch_out(&it, &wanted))));
+                due.answer(result, |it| batch_out(&it, &wanted).map(Answer::BatchGetSessions));
             });
         }
         Asked::UpdateSession(request) => {
             sessions.update(call, update_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::UpdateSession(updated_out(&it))));
+                due.answer(result, |it| Ok(Answer::UpdateSession(updated_out(&it))));
             });
         }
         Asked::TouchSession(request) => {
             let touch = touch_in(request)?;
             sessions.touch(call, &touch.context, touch.namespace, &touch.session, move |result| {
-                flow.answer(id, result.map(|it| Answer::TouchSession(touched_out(&it))));
+                due.answer(result, |it| Ok(Answer::TouchSession(touched_out(&it))));
             });
         }
         Asked::DeleteSession(request) => {
             sessions.delete(call, delete_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::DeleteSession(deleted_out(&it))));
+                due.answer(result, |it| Ok(Answer::DeleteSession(deleted_out(&it))));
             });
         }
         Asked::ListSessions(request) => {
             sessions.list(call, list_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::ListSessions(listed_out(&it))));
+                due.answer(result, |it| Ok(Answer::ListSessions(listed_out(&it))));
             });
         }
         _ => return Err(empty_request()),
@@ -294,37 +371,31 @@ fn serve_session(
     Ok(())
 }
 
-fn serve_lease(
-    leases: &Leases,
-    call: &Call,
-    asked: Asked,
-    id: u64,
-    flow: Arc<Flow>,
-) -> Result<(), Error> {
+fn serve_lease(leases: &Leases, call: &Call<'_>, asked: Asked, due: Due) -> Result<(), Error> {
     match asked {
         Asked::GrantLease(request) => {
             leases.grant(call, grant_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::GrantLease(granted_out(&it))));
+                due.answer(result, |it| Ok(Answer::GrantLease(granted_out(&it))));
             });
         }
         Asked::KeepAliveLeases(request) => {
             leases.renew(call, renew_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::KeepAliveLeases(renewed_out(it))));
+                due.answer(result, |it| Ok(Answer::KeepAliveLeases(renewed_out(it))));
             });
         }
         Asked::RevokeLease(request) => {
             leases.revoke(call, revoke_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::RevokeLease(revoked_out(it))));
+                due.answer(result, |it| Ok(Answer::RevokeLease(revoked_out(it))));
             });
         }
         Asked::GetLease(request) => {
             leases.get(call, get_lease_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::GetLease(found_lease_out(&it))));
+                due.answer(result, |it| Ok(Answer::GetLease(found_lease_out(&it))));
             });
         }
         Asked::ListLeases(request) => {
             leases.list(call, list_leases_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::ListLeases(listed_leases_out(&it))));
+                due.answer(result, |it| Ok(Answer::ListLeases(listed_leases_out(&it))));
             });
         }
         _ => return Err(empty_request()),
@@ -335,58 +406,52 @@ fn serve_lease(
 /// Takes a lock, which may take as long as the caller is willing to wait.
 fn acquire(
     locks: &Locks,
+    share: &Arc<Share>,
     timeout: Option<Duration>,
     request: v1::AcquireLockRequest,
-    id: u64,
-    flow: Arc<Flow>,
+    mut due: Due,
 ) -> Result<(), Error> {
     let acquire = acquire_in(request)?;
-    let call = Call::waiting(locks.node(), Caller, timeout, acquire.wait);
+    let call = Call::waiting(locks.node(), Caller, share, timeout, acquire.wait);
     let waits = !acquire.wait.is_zero();
-    if waits && !flow.room.begins_to_wait() {
+    if waits && !due.begins_to_wait() {
         let what = "requests that wait for locks on this pipeline";
         return Err(Error::too_many(what, PIPELINE_WAITING_MAX as u64));
     }
     locks.acquire(&call, acquire, move |result| {
         if waits {
-            flow.room.ends_to_wait();
+            due.ends_to_wait();
         }
-        flow.answer(id, result.map(|it| Answer::AcquireLock(acquired_out(&it))));
+        due.answer(result, |it| Ok(Answer::AcquireLock(acquired_out(&it))));
     });
     Ok(())
 }
 
-fn serve_lock(
-    locks: &Locks,
-    call: &Call,
-    asked: Asked,
-    id: u64,
-    flow: Arc<Flow>,
-) -> Result<(), Error> {
+fn serve_lock(locks: &Locks, call: &Call<'_>, asked: Asked, due: Due) -> Result<(), Error> {
     match asked {
         Asked::CancelAcquire(request) => {
             locks.cancel(call, cancel_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::CancelAcquire(cancelled_out(it))));
+                due.answer(result, |it| Ok(Answer::CancelAcquire(cancelled_out(it))));
             });
         }
         Asked::ReleaseLock(request) => {
             locks.release(call, release_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::ReleaseLock(released_out(it))));
+                due.answer(result, |it| Ok(Answer::ReleaseLock(released_out(it))));
             });
         }
         Asked::GetLock(request) => {
             locks.get(call, get_lock_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::GetLock(found_lock_out(&it))));
+                due.answer(result, |it| Ok(Answer::GetLock(found_lock_out(&it))));
             });
         }
         Asked::ListLocks(request) => {
             locks.list(call, list_locks_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::ListLocks(listed_locks_out(&it))));
+                due.answer(result, |it| Ok(Answer::ListLocks(listed_locks_out(&it))));
             });
         }
         Asked::BreakLock(request) => {
             locks.break_lock(call, break_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::BreakLock(broken_out(it))));
+                due.answer(result, |it| Ok(Answer::BreakLock(broken_out(it))));
             });
         }
         _ => return Err(empty_request()),
@@ -394,32 +459,28 @@ fn serve_lock(
     Ok(())
 }
 
-fn serve_ring(
-    rings: &Rings,
-    call: &Call,
-    asked: Asked,
-    id: u64,
-    flow: Arc<Flow>,
-) -> Result<(), Error> {
+fn serve_ring(rings: &Rings, call: &Call<'_>, asked: Asked, mut due: Due) -> Result<(), Error> {
     match asked {
         Asked::JoinRing(request) => {
             rings.join(call, join_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::JoinRing(joined_out(&it))));
+                due.answer(result, |it| Ok(Answer::JoinRing(joined_out(&it))));
             });
         }
         Asked::LeaveRing(request) => {
             rings.leave(call, leave_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::LeaveRing(left_out(it))));
+                due.answer(result, |it| Ok(Answer::LeaveRing(left_out(it))));
             });
         }
         Asked::LocateKeys(request) => {
-            rings.locate(call, locate_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::LocateKeys(located_out(&it))));
+            let locate = locate_in(request)?;
+            due.weigh(locate.weight());
+            rings.locate(call, locate, move |result| {
+                due.answer(result, |it| located_out(&it).map(Answer::LocateKeys));
             });
         }
         Asked::GetRing(request) => {
             rings.get(call, get_ring_in(request)?, move |result| {
-                flow.answer(id, result.map(|it| Answer::GetRing(found_ring_out(&it))));
+                due.answer(result, |it| Ok(Answer::GetRing(found_ring_out(&it))));
             });
         }
         _ => return Err(empty_request()),
@@ -430,40 +491,67 @@ fn serve_ring(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::service::Admission;
+
+    type Inbox = mpsc::UnboundedReceiver<(v1::PipelineResponse, Count)>;
+
+    fn flow(share: &Arc<Share>) -> (Arc<Flow>, Inbox) {
+        let (answers, inbox) = mpsc::unbounded_channel();
+        let room = Arc::new(Room::holding(0));
+        (Arc::new(Flow { answers, room, share: share.clone() }), inbox)
+    }
+
+    fn found(bytes: usize) -> Result<Answer, Error> {
+        let attribute = ("a".to_owned(), vec![0; bytes].into());
+        let session = v1::Session { attributes: [attribute].into(), ..v1::Session::default() };
+        Ok(Answer::GetSession(v1::GetSessionResponse { revision: 1, session: Some(session) }))
+    }
 
     #[test]
-    fn a_client_that_does_not_read_is_not_kept_much_for() {
-        let (outbox, mut inbox) = mpsc::unbounded_channel();
-        let flow = Flow { outbox, room: Arc::new(Room::holding(0)) };
-        let found = || {
-            let attribute = ("a".to_owned(), vec![0; 1024 * 1024].into());
-            let session = v1::Session { attributes: [attribute].into(), ..v1::Session::default() };
-            Ok(Answer::GetSession(v1::GetSessionResponse { revision: 1, session: Some(session) }))
-        };
-        let most = PIPELINE_ANSWER_BYTES_MAX / (1024 * 1024);
-        for number in 0..2 * most {
-            assert_eq!(flow.room.is_full(), number >= most, "after {number}");
-            flow.room.under_way.fetch_add(1, Ordering::AcqRel);
-            flow.answer(number as u64, found());
-        }
-        flow.room.under_way.fetch_add(2, Ordering::AcqRel);
-        flow.answer(1_000, found());
+    fn an_answer_counts_until_it_is_encoded_and_dropped() {
+        let share = Admission::new().share(|| {});
+        let (flow, inbox) = flow(&share);
+        let due = Due::new(flow.clone(), 1);
+        assert_eq!(share.held(), Count::asked(ASKED_WEIGHT));
+        due.answer(Ok(()), |()| found(100_000));
+        assert!(share.held().answers > 100_000);
+        // A write's answer, one that panics, and one that nobody gives.
         let done = v1::ReleaseLockResponse { revision: 7 };
-        flow.answer(1_001, Ok(Answer::ReleaseLock(done)));
-        let mut answers = Vec::new();
-        while let Ok((answer, bytes)) = inbox.try_recv() {
-            flow.room.left(bytes);
-            answers.push(answer);
-        }
-        assert_eq!(answers.len(), 2 * most + 2);
-        let found =
-            |answer: &&v1::PipelineResponse| matches!(answer.response, Some(Answer::GetSession(_)));
-        assert_eq!(answers.iter().filter(found).count(), 2 * most);
-        let Some(Answer::Error(error)) = &answers[2 * most].response else { panic!() };
-        assert!(error.message.contains("have not been read"), "{error:?}");
-        assert_eq!(answers[2 * most + 1].response, Some(Answer::ReleaseLock(done)));
-        assert!(!flow.room.is_full());
-        assert_eq!(flow.room.bytes.load(Ordering::Acquire), 0);
+        Due::new(flow.clone(), 2).answer(Ok(()), |()| Ok(Answer::ReleaseLock(done)));
+        Due::new(flow.clone(), 3).answer(Ok(()), |()| panic!("a defect"));
+        drop(Due::new(flow.clone(), 4));
+        let held = share.held();
+        assert_eq!(flow.room.under_way.load(Ordering::Acquire), 3);
+        let encoding = Encoding::new(share.clone(), Count::default());
+        let mut outbox = Outbox::new(inbox, encoding.clone());
+        let mut next = || {
+            let next = futures_util::FutureExt::now_or_never(outbox.next());
+            next.flatten().unwrap().response.unwrap()
+        };
+        assert!(matches!(next(), Answer::GetSession(_)));
+        assert!(matches!(next(), Answer::ReleaseLock(_)));
+        assert_eq!(share.held(), held);
+        drop(outbox);
+        assert!(share.held().answers > 100_000);
+        drop(encoding);
+        assert_eq!(share.held(), Count::default());
+        // The stream has ended, and an answer that comes late counts for nothing.
+        Due::new(flow, 5).answer(Ok(()), |()| found(100_000));
+        assert_eq!(share.held(), Count::default());
+        assert_eq!(share.admission().panics(), 1);
+    }
+
+    #[test]
+    fn what_waits_for_a_lock_takes_no_room() {
+        let share = Admission::new().share(|| {});
+        let (flow, _inbox) = flow(&share);
+        let mut due = Due::new(flow.clone(), 1);
+        assert!(due.begins_to_wait());
+        assert_eq!(share.held(), Count::default());
         assert_eq!(flow.room.under_way.load(Ordering::Acquire), 0);
+        due.ends_to_wait();
+        due.refuse(Error::still_waiting());
+        assert_eq!(share.held(), Count::asked(ASKED_WEIGHT));
+        assert_eq!(flow.room.under_way.load(Ordering::Acquire), 1);
     }
 }

@@ -8,10 +8,10 @@ use super::convert::{
     found_ring_out, get_ring_in, join_in, joined_out, leave_in, left_out, locate_in, located_out,
 };
 use super::status::status;
-use super::unary::{Reply, answered, call_of};
+use super::unary::{Asked, Reply, answered};
 use crate::proto::v1;
 use crate::proto::v1::ring_service_server::RingService;
-use crate::service::Rings;
+use crate::service::{FoundRing, LocatedKeys, Rings};
 
 pub(super) struct RingServer {
     pub(super) rings: Arc<Rings>,
@@ -23,8 +23,9 @@ impl RingService for RingServer {
         &self,
         request: Request<v1::JoinRingRequest>,
     ) -> Reply<v1::JoinRingResponse> {
-        let call = call_of(self.rings.node(), &request);
-        let join = join_in(request.into_inner()).map_err(status)?;
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.rings.node());
+        let join = join_in(message).map_err(status)?;
         let joined = answered(|done| self.rings.join(&call, join, done)).await?;
         Ok(Response::new(joined_out(&joined)))
     }
@@ -33,8 +34,9 @@ impl RingService for RingServer {
         &self,
         request: Request<v1::LeaveRingRequest>,
     ) -> Reply<v1::LeaveRingResponse> {
-        let call = call_of(self.rings.node(), &request);
-        let leave = leave_in(request.into_inner()).map_err(status)?;
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.rings.node());
+        let leave = leave_in(message).map_err(status)?;
         let revision = answered(|done| self.rings.leave(&call, leave, done)).await?;
         Ok(Response::new(left_out(revision)))
     }
@@ -43,16 +45,19 @@ impl RingService for RingServer {
         &self,
         request: Request<v1::LocateKeysRequest>,
     ) -> Reply<v1::LocateKeysResponse> {
-        let call = call_of(self.rings.node(), &request);
-        let locate = locate_in(request.into_inner()).map_err(status)?;
-        let located = answered(|done| self.rings.locate(&call, locate, done)).await?;
-        Ok(Response::new(located_out(&located)))
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.rings.node());
+        let locate = locate_in(message).map_err(status)?;
+        let weight = locate.weight();
+        let out = |located: LocatedKeys| located_out(&located);
+        asked.find(weight, |done| self.rings.locate(&call, locate, done), out).await
     }
 
     async fn get_ring(&self, request: Request<v1::GetRingRequest>) -> Reply<v1::GetRingResponse> {
-        let call = call_of(self.rings.node(), &request);
-        let get = get_ring_in(request.into_inner()).map_err(status)?;
-        let found = answered(|done| self.rings.get(&call, get, done)).await?;
-        Ok(Response::new(found_ring_out(&found)))
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.rings.node());
+        let get = get_ring_in(message).map_err(status)?;
+        let out = |found: FoundRing| Ok(found_ring_out(&found));
+        asked.find(0, |done| self.rings.get(&call, get, done), out).await
     }
 }

@@ -9,10 +9,10 @@ use super::convert::{
     list_in, listed_out, touch_in, touched_out, update_in, updated_out,
 };
 use super::status::status;
-use super::unary::{Reply, answered, call_of};
+use super::unary::{Asked, Reply, answered};
 use crate::proto::v1;
 use crate::proto::v1::session_service_server::SessionService;
-use crate::service::Sessions;
+use crate::service::{Found, Listed, Sessions};
 
 pub(super) struct SessionServer {
     pub(super) sessions: Arc<Sessions>,
@@ -24,8 +24,9 @@ impl SessionService for SessionServer {
         &self,
         request: Request<v1::CreateSessionRequest>,
     ) -> Reply<v1::CreateSessionResponse> {
-        let call = call_of(self.sessions.node(), &request);
-        let new = create_in(request.into_inner()).map_err(status)?;
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.sessions.node());
+        let new = create_in(message).map_err(status)?;
         let created = answered(|done| self.sessions.create(&call, new, done)).await?;
         Ok(Response::new(created_out(created)))
     }
@@ -34,28 +35,33 @@ impl SessionService for SessionServer {
         &self,
         request: Request<v1::GetSessionRequest>,
     ) -> Reply<v1::GetSessionResponse> {
-        let call = call_of(self.sessions.node(), &request);
-        let (get, wanted) = get_in(request.into_inner()).map_err(status)?;
-        let found = answered(|done| self.sessions.get(&call, get, done)).await?;
-        Ok(Response::new(found_out(&found, &wanted)))
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.sessions.node());
+        let (get, wanted) = get_in(message).map_err(status)?;
+        let (weight, sessions) = (wanted.weight(), &self.sessions);
+        let out = move |found: Found| Ok(found_out(&found, &wanted));
+        asked.find(weight, |done| sessions.get(&call, get, done), out).await
     }
 
     async fn batch_get_sessions(
         &self,
         request: Request<v1::BatchGetSessionsRequest>,
     ) -> Reply<v1::BatchGetSessionsResponse> {
-        let call = call_of(self.sessions.node(), &request);
-        let (get, wanted) = batch_get_in(request.into_inner()).map_err(status)?;
-        let listed = answered(|done| self.sessions.batch_get(&call, get, done)).await?;
-        Ok(Response::new(batch_out(&listed, &wanted)))
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.sessions.node());
+        let (get, wanted) = batch_get_in(message).map_err(status)?;
+        let weight = wanted.weight() + get.weight();
+        let out = move |listed: Listed| batch_out(&listed, &wanted);
+        asked.find(weight, |done| self.sessions.batch_get(&call, get, done), out).await
     }
 
     async fn update_session(
         &self,
         request: Request<v1::UpdateSessionRequest>,
     ) -> Reply<v1::UpdateSessionResponse> {
-        let call = call_of(self.sessions.node(), &request);
-        let update = update_in(request.into_inner()).map_err(status)?;
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.sessions.node());
+        let update = update_in(message).map_err(status)?;
         let updated = answered(|done| self.sessions.update(&call, update, done)).await?;
         Ok(Response::new(updated_out(&updated)))
     }
@@ -64,8 +70,9 @@ impl SessionService for SessionServer {
         &self,
         request: Request<v1::TouchSessionRequest>,
     ) -> Reply<v1::TouchSessionResponse> {
-        let call = call_of(self.sessions.node(), &request);
-        let touch = touch_in(request.into_inner()).map_err(status)?;
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.sessions.node());
+        let touch = touch_in(message).map_err(status)?;
         let touched = answered(|done| {
             self.sessions.touch(&call, &touch.context, touch.namespace, &touch.session, done);
         })
@@ -77,8 +84,9 @@ impl SessionService for SessionServer {
         &self,
         request: Request<v1::DeleteSessionRequest>,
     ) -> Reply<v1::DeleteSessionResponse> {
-        let call = call_of(self.sessions.node(), &request);
-        let delete = delete_in(request.into_inner()).map_err(status)?;
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.sessions.node());
+        let delete = delete_in(message).map_err(status)?;
         let deleted = answered(|done| self.sessions.delete(&call, delete, done)).await?;
         Ok(Response::new(deleted_out(&deleted)))
     }
@@ -87,9 +95,10 @@ impl SessionService for SessionServer {
         &self,
         request: Request<v1::ListSessionsRequest>,
     ) -> Reply<v1::ListSessionsResponse> {
-        let call = call_of(self.sessions.node(), &request);
-        let list = list_in(request.into_inner()).map_err(status)?;
-        let listed = answered(|done| self.sessions.list(&call, list, done)).await?;
-        Ok(Response::new(listed_out(&listed)))
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.sessions.node());
+        let list = list_in(message).map_err(status)?;
+        let out = |listed: Listed| Ok(listed_out(&listed));
+        asked.find(0, |done| self.sessions.list(&call, list, done), out).await
     }
 }

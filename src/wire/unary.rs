@@ -1,17 +1,18 @@
 //! What all calls have in common that are one message and one answer.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
 
+use super::answers::{COUNTED_MIN, Encoding, Weight, make};
 use super::status::status;
 use crate::raft::Node;
-use crate::service::{Call, Caller, Error};
+use crate::service::{ASKED_WEIGHT, Call, Caller, Count, Error, Share};
 
-/// What the caller set as `grpc-timeout`.
-pub(super) fn timeout_of<T>(request: &Request<T>) -> Option<Duration> {
-    let text = request.metadata().get("grpc-timeout")?.to_str().ok()?;
+/// A `grpc-timeout`.
+pub(super) fn parse_timeout(text: &str) -> Option<Duration> {
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     let value: u64 = digits.parse().ok()?;
     Some(match unit {
@@ -29,21 +30,75 @@ pub(super) fn timeout_of<T>(request: &Request<T>) -> Option<Duration> {
 /// caller, or a transport on the way, that has given up without hearing the reason.
 const ANSWER_MARGIN_MAX: Duration = Duration::from_millis(50);
 
-/// The same, less the time that the answer takes.
-fn answer_within<T>(request: &Request<T>) -> Option<Duration> {
-    timeout_of(request).map(|timeout| timeout - (timeout / 4).min(ANSWER_MARGIN_MAX))
-}
-
-pub(super) fn call_of<T>(node: &Node, request: &Request<T>) -> Call {
-    Call::within(node, Caller, answer_within(request))
-}
-
-/// A call that waits for a lock, for `wait` at most.
-pub(super) fn waiting_call_of<T>(node: &Node, request: &Request<T>, wait: Duration) -> Call {
-    Call::waiting(node, Caller, answer_within(request), wait)
-}
-
 pub(super) type Reply<T> = Result<Response<T>, Status>;
+
+/// Whose share of the room for answers a call takes.
+pub(super) fn share_of<T>(request: &Request<T>) -> Arc<Share> {
+    request.extensions().get::<Arc<Share>>().cloned().expect("each connection has a share")
+}
+
+/// What a call says beside its message.
+pub(super) struct Asked {
+    share: Arc<Share>,
+    /// Less than the caller's, by the time that the answer takes.
+    timeout: Option<Duration>,
+}
+
+impl Asked {
+    pub(super) fn of<T>(request: Request<T>) -> (Self, T) {
+        let timeout = request.metadata().get("grpc-timeout").and_then(|it| it.to_str().ok());
+        let timeout = timeout.and_then(parse_timeout);
+        let timeout = timeout.map(|timeout| timeout - (timeout / 4).min(ANSWER_MARGIN_MAX));
+        (Self { share: share_of(&request), timeout }, request.into_inner())
+    }
+
+    pub(super) fn call(&self, node: &Node) -> Call<'_> {
+        Call::within(node, Caller, &self.share, self.timeout)
+    }
+
+    /// A call that waits for a lock, for `wait` at most.
+    pub(super) fn waiting_call(&self, node: &Node, wait: Duration) -> Call<'_> {
+        Call::waiting(node, Caller, &self.share, self.timeout, wait)
+    }
+
+    /// Runs a use case that reads, and answers what `out` makes of what it finds. `weight` is that
+    /// of the names in the request.
+    pub(super) async fn find<T, M: Weight + 'static>(
+        &self,
+        weight: usize,
+        run: impl FnOnce(Box<dyn FnOnce(Result<T, Error>) + Send>),
+        out: impl FnOnce(T) -> Result<M, Error> + Send + 'static,
+    ) -> Reply<M> {
+        let asked = Count::asked(ASKED_WEIGHT + weight);
+        self.share.hold(asked);
+        let under_way = Encoding::new(self.share.clone(), asked);
+        let (done, answer) = oneshot::channel();
+        let share = self.share.clone();
+        run(Box::new(move |result| {
+            let made = make(&share, result, out).and_then(|answer| {
+                let bytes = answer.weight();
+                if bytes < COUNTED_MIN {
+                    return Ok((answer, None));
+                }
+                if !share.can_hold(bytes) {
+                    return Err(Error::unread_answers());
+                }
+                let count = Count::answers(bytes);
+                share.hold(count);
+                Ok((answer, Some(Encoding::new(share, count))))
+            });
+            drop(under_way);
+            // A caller that has gone away does not want the answer.
+            drop(done.send(made));
+        }));
+        let (answer, encoding) = answer.await.map_err(|_| stopping())?.map_err(status)?;
+        let mut response = Response::new(answer);
+        if let Some(encoding) = encoding {
+            response.extensions_mut().insert(encoding);
+        }
+        Ok(response)
+    }
+}
 
 /// Runs a use case that answers by callback, and waits for the answer.
 pub(super) async fn answered<T: Send + 'static>(
@@ -52,8 +107,9 @@ pub(super) async fn answered<T: Send + 'static>(
     let (done, answer) = oneshot::channel();
     // A caller that has gone away does not want the answer.
     run(Box::new(move |result| drop(done.send(result))));
-    match answer.await {
-        Ok(result) => result.map_err(status),
-        Err(_) => Err(Status::unavailable("the node is stopping")),
-    }
+    answer.await.map_err(|_| stopping())?.map_err(status)
+}
+
+fn stopping() -> Status {
+    Status::unavailable("the node is stopping")
 }

@@ -78,6 +78,7 @@ impl<'a> Cluster<'a> {
                 initial_cluster: initial_cluster.clone(),
                 timeouts: RaftTimeouts::default(),
                 checkpoints: CheckpointPolicy::default(),
+                files_max: 1_024,
             };
             self.servers.push(Server::start(options, listeners, boot.clone()).await.unwrap());
         }

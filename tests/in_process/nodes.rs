@@ -17,6 +17,11 @@ pub(crate) const ANY_PORT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv
 
 /// Starts nodes 1 to 3, which form a cluster by themselves, in directories `node-<id>`.
 pub(crate) async fn three_nodes(directory: &Path) -> Vec<Server> {
+    three_nodes_with(directory, 1_024).await
+}
+
+/// The same, each with so many files.
+pub(crate) async fn three_nodes_with(directory: &Path, files_max: usize) -> Vec<Server> {
     let mut bound = Vec::new();
     for _ in 0..3 {
         bound.push(Listeners::bind(ANY_PORT, ANY_PORT).await.unwrap());
@@ -37,6 +42,7 @@ pub(crate) async fn three_nodes(directory: &Path) -> Vec<Server> {
             initial_cluster: initial_cluster.clone(),
             timeouts: RaftTimeouts::default(),
             checkpoints: CheckpointPolicy::default(),
+            files_max,
         };
         servers.push(Server::start(options, listeners, Arc::new(SystemClock)).await.unwrap());
     }

@@ -59,6 +59,7 @@ impl Local {
                 snapshot_log_bytes: 128 << 10,
                 ..CheckpointPolicy::default()
             },
+            files_max: 1_024,
         };
         let options = peers.into_iter().map(|(id, peer)| (id, options(id, peer))).collect();
         let mut local = Self { directory, options, running: BTreeMap::new() };

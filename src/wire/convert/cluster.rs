@@ -53,5 +53,6 @@ pub(in crate::wire) fn status_out(status: NodeStatus, resident_bytes: u64) -> v1
         members: status.members.into_iter().map(member_out).collect(),
         halted_reason: status.halted_reason.unwrap_or_default(),
         warnings: status.warnings,
+        ..v1::StatusResponse::default()
     }
 }

@@ -108,10 +108,9 @@ pub(in crate::wire) fn list_leases_in(request: v1::ListLeasesRequest) -> Result<
 }
 
 pub(in crate::wire) fn listed_leases_out(found: &FoundLeases) -> v1::ListLeasesResponse {
-    let last = found.leases.last().filter(|_| found.more);
     v1::ListLeasesResponse {
         revision: found.revision.0,
         leases: found.leases.iter().map(|view| lease_out(found, view)).collect(),
-        next_page_token: last.map(|view| view.id.to_string()).unwrap_or_default(),
+        next_page_token: found.next.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }

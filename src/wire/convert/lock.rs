@@ -184,10 +184,9 @@ pub(in crate::wire) fn list_locks_in(request: v1::ListLocksRequest) -> Result<Li
 }
 
 pub(in crate::wire) fn listed_locks_out(found: &FoundLocks) -> v1::ListLocksResponse {
-    let last = found.locks.last().filter(|_| found.more);
     v1::ListLocksResponse {
         revision: found.revision.0,
         locks: found.locks.iter().map(|view| lock_out(found, view)).collect(),
-        next_page_token: last.map(|view| view.name.to_string()).unwrap_or_default(),
+        next_page_token: found.next.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }

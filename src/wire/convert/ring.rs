@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
+use prost::Message as _;
+
 use super::{consistency_in, context_in, timestamp_out, timing_out};
+use crate::limits::ANSWER_BYTES_MAX;
 use crate::proto::v1;
 use crate::service::{
     Error, FoundRing, GetRing, JoinRing, JoinedRing, LeaveRing, LocateKeys, LocatedKeys, Rings,
@@ -63,17 +66,21 @@ fn member_out(view: &MemberView) -> v1::RingMember {
     }
 }
 
-pub(in crate::wire) fn located_out(located: &LocatedKeys) -> v1::LocateKeysResponse {
+pub(in crate::wire) fn located_out(located: &LocatedKeys) -> Result<v1::LocateKeysResponse, Error> {
     let placement = |members: &Vec<Arc<str>>| v1::KeyPlacement {
         members: members.iter().map(ToString::to_string).collect(),
     };
-    v1::LocateKeysResponse {
+    let response = v1::LocateKeysResponse {
         revision: located.revision.0,
         ring_revision: located.ring_revision.0,
         algorithm_version: Rings::ALGORITHM_VERSION,
         placements: located.placements.iter().map(placement).collect(),
         members: located.members.iter().map(member_out).collect(),
+    };
+    if response.encoded_len() > ANSWER_BYTES_MAX {
+        return Err(Error::answer_too_large("keys", "name fewer keys, or a smaller count"));
     }
+    Ok(response)
 }
 
 pub(in crate::wire) fn get_ring_in(request: v1::GetRingRequest) -> Result<GetRing, Error> {

@@ -4,11 +4,15 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 
+use prost::Message as _;
+
 use super::{consistency_in, context_in, duration_in, duration_out, timestamp_out};
+use crate::limits::ANSWER_BYTES_MAX;
 use crate::proto::v1;
 use crate::service::{
     BatchGet, Created, DeleteSession, Deleted, Error, Found, GetSession, ListSessions, Listed,
     NewSession, RequestContext, SessionFence, SessionSelector, SessionUpdate, Touched, Updated,
+    Wanted,
 };
 use crate::state::{Digest, Namespace, Session, Timeout};
 
@@ -67,32 +71,12 @@ pub(in crate::wire) fn created_out(created: Created) -> v1::CreateSessionRespons
     }
 }
 
-/// Which attributes a reader wants.
-pub(in crate::wire) enum Wanted {
-    All,
-    None,
-    Named(Vec<String>),
-}
-
-impl Wanted {
-    fn of(metadata_only: bool, names: Vec<String>) -> Self {
-        match (metadata_only, names.is_empty()) {
-            (true, _) => Self::None,
-            (false, true) => Self::All,
-            (false, false) => Self::Named(names),
-        }
-    }
-
-    fn attributes(&self, session: &Session) -> BTreeMap<String, Bytes> {
-        let owned = |(name, value): (&str, &[u8])| (name.to_owned(), Bytes::copy_from_slice(value));
-        match self {
-            Self::All => session.attributes().map(owned).collect(),
-            Self::None => BTreeMap::new(),
-            Self::Named(names) => names
-                .iter()
-                .filter_map(|name| Some(owned((name, session.attribute(name)?))))
-                .collect(),
-        }
+fn attributes_out(session: &Session, wanted: &Wanted) -> BTreeMap<String, Bytes> {
+    let owned = |(name, value): (&str, &[u8])| (name.to_owned(), Bytes::copy_from_slice(value));
+    match wanted {
+        Wanted::All => session.attributes().map(owned).collect(),
+        Wanted::None => BTreeMap::new(),
+        Wanted::Named(names) => session.attributes().named(names).map(owned).collect(),
     }
 }
 
@@ -105,7 +89,7 @@ pub(in crate::wire) fn get_in(
         consistency: consistency_in(request.consistency, request.min_revision)?,
         touch: request.touch,
     };
-    Ok((get, Wanted::of(request.metadata_only, request.attribute_names)))
+    Ok((get, Wanted::of(request.metadata_only, request.attribute_names)?))
 }
 
 fn session_out(
@@ -118,7 +102,7 @@ fn session_out(
         namespace: namespace.0.to_string(),
         handle: handle.to_string(),
         principal: session.principal().unwrap_or_default().to_owned(),
-        attributes: wanted.attributes(session),
+        attributes: attributes_out(session, wanted),
         version: session.version().0,
         create_time: Some(timestamp_out(session.create_time())),
         last_access_time: Some(timestamp_out(session.last_access_time())),
@@ -148,21 +132,35 @@ pub(in crate::wire) fn batch_get_in(
             .collect::<Result<_, _>>()?,
         consistency: consistency_in(request.consistency, request.min_revision)?,
     };
-    Ok((get, Wanted::of(request.metadata_only, request.attribute_names)))
+    Ok((get, Wanted::of(request.metadata_only, request.attribute_names)?))
 }
 
-fn sessions_out(listed: &Listed, wanted: &Wanted) -> Vec<v1::Session> {
-    let each = |(handle, session): &(Digest, std::sync::Arc<Session>)| {
-        session_out(&listed.namespace, *handle, session, wanted)
-    };
-    listed.sessions.iter().map(each).collect()
-}
-
-pub(in crate::wire) fn batch_out(listed: &Listed, wanted: &Wanted) -> v1::BatchGetSessionsResponse {
-    v1::BatchGetSessionsResponse {
-        revision: listed.revision.0,
-        sessions: sessions_out(listed, wanted),
+/// Builds no more than fits into an answer: sessions may have a mebibyte each.
+pub(in crate::wire) fn batch_out(
+    listed: &Listed,
+    wanted: &Wanted,
+) -> Result<v1::BatchGetSessionsResponse, Error> {
+    let mut response =
+        v1::BatchGetSessionsResponse { revision: listed.revision.0, sessions: Vec::new() };
+    let mut bytes = response.encoded_len();
+    for (handle, session) in &listed.sessions {
+        let session = session_out(&listed.namespace, *handle, session, wanted);
+        // The field's tag is a byte; see `sessions` in the message.
+        bytes += 1 + encoded_len_with_length(session.encoded_len());
+        if bytes > ANSWER_BYTES_MAX {
+            return Err(Error::answer_too_large(
+                "sessions",
+                "name fewer sessions, or ask for some of their attributes (attribute_names) or \
+                 for none (metadata_only)",
+            ));
+        }
+        response.sessions.push(session);
     }
+    Ok(response)
+}
+
+fn encoded_len_with_length(bytes: usize) -> usize {
+    bytes + prost::length_delimiter_len(bytes)
 }
 
 fn fence_in(fence: Option<v1::Fence>) -> Option<SessionFence> {
@@ -242,10 +240,12 @@ pub(in crate::wire) fn list_in(request: v1::ListSessionsRequest) -> Result<ListS
 }
 
 pub(in crate::wire) fn listed_out(listed: &Listed) -> v1::ListSessionsResponse {
-    let last = listed.sessions.last().filter(|_| listed.more);
+    let each = |(handle, session): &(Digest, std::sync::Arc<Session>)| {
+        session_out(&listed.namespace, *handle, session, &Wanted::None)
+    };
     v1::ListSessionsResponse {
         revision: listed.revision.0,
-        sessions: sessions_out(listed, &Wanted::None),
-        next_page_token: last.map(|(handle, _)| handle.to_string()).unwrap_or_default(),
+        sessions: listed.sessions.iter().map(each).collect(),
+        next_page_token: listed.next.as_ref().map(ToString::to_string).unwrap_or_default(),
     }
 }
