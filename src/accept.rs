@@ -327,7 +327,7 @@ mod tests {
         Door { policy, counts: Arc::default(), last_id: 0, told: None }
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn beyond_the_limit_nobody_comes_in_until_somebody_leaves() {
         let mut door = door(2, None);
         let now = Instant::now();
@@ -340,7 +340,7 @@ mod tests {
         assert!(door.admit(now).is_some());
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_silent_one_makes_room_where_that_is_the_policy() {
         let mut door = door(2, Some(Duration::from_secs(1)));
         let now = Instant::now();
@@ -357,7 +357,7 @@ mod tests {
         assert_eq!((door.counts.open(), door.counts.refused()), (2, 1));
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn what_goes_wrong_often_is_told_seldom() {
         let mut door = door(1, None);
         let now = Instant::now();

@@ -218,6 +218,7 @@ mod tests {
             initial_cluster: [(1, listeners.peer_address().unwrap().to_string())].into(),
             timeouts: RaftTimeouts::default(),
             checkpoints: CheckpointPolicy::default(),
+            files_max: 1_024,
         };
         let server = Server::start(options, listeners, Arc::new(SystemClock)).await.unwrap();
         let serves = async {

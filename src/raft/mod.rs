@@ -7,8 +7,8 @@
 //! lock; `sweeper` answers whoever has waited long enough for any of these; `dirty` collects what
 //! has changed, of which `checkpointer` keeps the durable copy; `clock`, `ticker` and `timekeeper`
 //! are time; `log`, `network`, `exchange` and `peer` are the disk and the wire as Raft uses them,
-//! by way of `types` and `convert`; `supervisor` spawns all that lives as long as the node; `status`,
-//! `troubles` and `halt` are for the operator.
+//! by way of `types` and `convert`; `supervisor` spawns all that lives as long as the node;
+//! `status`, `troubles` and `halt` are for the operator.
 
 mod barrier;
 mod checkpointer;

@@ -311,7 +311,7 @@ fn happen(world: &mut World, event: &Event) {
             world.answer(question % questions, yes, index);
         }
         Event::Lose { question } if questions > 0 => {
-            drop(world.questions.remove(question % questions));
+            world.questions.remove(question % questions);
         }
         Event::Answer { .. } | Event::Lose { .. } => {}
         Event::Apply { ahead } => world.apply(world.applied.1 + ahead),

@@ -82,7 +82,11 @@ impl Cluster {
     /// # Errors
     ///
     /// If this node does not lead, or `time` lies beyond its wall clock.
-    pub async fn set_time(&self, _call: &Call, time: Option<Timestamp>) -> Result<Duration, Error> {
+    pub async fn set_time(
+        &self,
+        _call: &Call<'_>,
+        time: Option<Timestamp>,
+    ) -> Result<Duration, Error> {
         self.node.set_time(time).await.map_err(|error| match error {
             SetTimeError::NotLeader => Error::new(
                 ErrorKind::FailedPrecondition,

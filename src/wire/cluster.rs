@@ -85,8 +85,9 @@ impl ClusterService for ClusterServer {
         &self,
         request: Request<v1::SetTimeRequest>,
     ) -> Result<Response<v1::SetTimeResponse>, Status> {
-        let call = Call::within(self.cluster.node(), Caller, timeout_of(&request));
-        let time = timestamp_in("time", request.into_inner().time).map_err(status)?;
+        let (asked, message) = Asked::of(request);
+        let call = asked.call(self.cluster.node());
+        let time = timestamp_in("time", message.time).map_err(status)?;
         let leap = self.cluster.set_time(&call, time).await.map_err(status)?;
         let now = self.cluster.node().cluster_time();
         Ok(Response::new(v1::SetTimeResponse {

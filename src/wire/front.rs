@@ -151,7 +151,7 @@ mod tests {
         (Some(format!("{:?}", status.code())), reason)
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_call_whose_time_is_over_is_told_so_before_tonic_ends_it() {
         let timeout = std::time::Duration::from_millis(20);
         let deadline = Instant::now() + timeout;
