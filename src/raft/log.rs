@@ -168,23 +168,23 @@ impl LogStore {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Refuses to drop what is committed. A leader that asks for it leads with a log that lacks
-    /// committed entries, which no vote can bring about: a disk, or an old copy of one, must have.
-    fn check_contradiction(&self, next_index: u64) -> io::Result<()> {
+    /// Refuses what a leader asks whose log lacks committed entries, which no vote can bring about: a
+    /// disk, or an old copy of one, must have. It has another entry at `index` than this node.
+    fn check_contradiction(&self, index: u64) -> io::Result<()> {
         let shared = self.lock();
-        let Some(final_id) = shared.committed.max(shared.purged) else { return Ok(()) };
-        if next_index > final_id.index {
+        let indexes = [shared.committed, shared.purged].map(|log_id| log_id.map(|id| id.index));
+        let Some(committed) = indexes.into_iter().flatten().max() else { return Ok(()) };
+        if index > committed {
             return Ok(());
         }
-        let last = shared.last.map_or(final_id.index, |last| last.index);
+        let last = shared.last.map_or(committed, |last| last.index);
         Err(io::Error::other(format!(
-            "the leader's log contradicts what is committed: it has other entries from \
-             {next_index} on, and here those up to {} are committed and were acknowledged. A node \
-             that had them, most likely the leader, has lost the newest part of its log, by a disk \
-             that failed or an old copy of its data directory. Stop all nodes before more is \
+            "the leader's log contradicts what is committed: its entry {index} is another than the \
+             one here, and here those up to {committed} are committed and were acknowledged. A \
+             node that had them, most likely the leader, has lost the newest part of its log, by a \
+             disk that failed or an old copy of its data directory. Stop all nodes before more is \
              overwritten, and keep this node's data directory, which has the entries up to {last}; \
-             README says how to go on under \"Logs that contradict each other\"",
-            final_id.index,
+             README says how to go on under \"Logs that contradict each other\""
         )))
     }
 
@@ -299,10 +299,18 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), io::Error> {
-        if let Some(committed) = committed {
-            self.wal.save_committed(committed.index, convert::log_id_encode(&committed));
-            self.lock().committed = Some(committed);
+        let Some(committed) = committed else { return Ok(()) };
+        let before = self.lock().committed;
+        if let Some(before) = before
+            && committed.index <= before.index
+        {
+            // Terms only grow along a log. openraft does not look again at what it has committed,
+            // and would take another leader's entry for the one that is here.
+            let is_other = committed.leader_id > before.leader_id;
+            return if is_other { self.check_contradiction(committed.index) } else { Ok(()) };
         }
+        self.wal.save_committed(committed.index, convert::log_id_encode(&committed));
+        self.lock().committed = Some(committed);
         Ok(())
     }
 
@@ -412,7 +420,7 @@ mod tests {
             let from = last.map_or(0, |last| last.index + 1);
             for part in [
                 "contradicts what is committed",
-                &format!("other entries from {from} on"),
+                &format!("its entry {from} is another"),
                 "up to 199 are committed",
                 "Stop all nodes",
                 "entries up to 202",
@@ -421,6 +429,13 @@ mod tests {
                 assert!(error.contains(part), "{part} in {error}");
             }
         }
+        // Where openraft does not notice: it asks nothing of entries that it has committed.
+        log.save_committed(Some(log_id(1, 150))).await.unwrap();
+        for index in [100, 199] {
+            let error = log.save_committed(Some(log_id(2, index))).await.unwrap_err().to_string();
+            assert!(error.contains(&format!("its entry {index} is another")), "{error}");
+        }
+        assert_eq!(log.read_committed().await.unwrap(), Some(log_id(1, 199)));
         assert_eq!(log.get_log_state().await.unwrap().last_log_id, Some(log_id(1, 202)));
         assert!(log.durable().wait(203), "the log goes on");
         log.truncate_after(Some(log_id(1, 199))).await.unwrap();

@@ -168,8 +168,8 @@ fn sequences(data: &Path) -> (u64, u64) {
     let (path, _) = segments(data).pop().unwrap();
     let bytes = fs::read(path).unwrap();
     let blocks = bytes.chunks_exact(BLOCK_BYTES as usize);
-    let batches = blocks.filter(|block| block.starts_with(b"qrwb"));
-    let last = batches.last().map_or(0, |header| number(header, 8));
+    let mut batches = blocks.filter(|block| block.starts_with(b"qrwb"));
+    let last = batches.next_back().map_or(0, |header| number(header, 8));
     let notes = fs::read(data.join("wal/floor")).unwrap_or_default();
     let noted = notes.chunks_exact(BLOCK_BYTES as usize).map(|note| number(note, 16)).max();
     (last, noted.unwrap_or(0))

@@ -68,7 +68,7 @@ impl Model {
         if !words || recovered.last_index != last {
             return false;
         }
-        let records = wal.read(0..u64::MAX, usize::MAX).expect("recovered records can be read");
+        let records = read_all(wal);
         let expected = self.records.values().map(|(number, bytes)| numbered(*number, *bytes));
         records.len() == self.records.len() && records.into_iter().eq(expected)
     }
