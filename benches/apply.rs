@@ -17,8 +17,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use quorate::state::{
-    Attribute, Change, Command, Digest, Namespace, Outcome, Query, Request, Restore, SessionKey,
-    Stamp, State, Timestamp, decode_command, encode_command, encode_key, encode_record,
+    Attribute, Change, Command, Digest, FEATURE_LEVEL, Namespace, Outcome, Query, Request, Restore,
+    SessionKey, Stamp, State, Timestamp, decode_command, encode_command, encode_key, encode_record,
 };
 
 /// As in the binary.
@@ -41,6 +41,10 @@ fn main() {
     }
 }
 
+fn encode(command: &Command) -> bytes::Bytes {
+    encode_command(command, FEATURE_LEVEL)
+}
+
 fn create(count: u64) -> State {
     let mut state = State::new();
     advance(&mut state, Duration::from_secs(1_000_000_000));
@@ -50,7 +54,7 @@ fn create(count: u64) -> State {
         // A thousand at a time, over a minute: the encoded commands are not to be seen in memory.
         advance(&mut state, Duration::from_secs(60) / (count / 1_000) as u32);
         let command = |number| {
-            encode_command(&Command::CreateSession {
+            encode(&Command::CreateSession {
                 request: request(&state, number),
                 key: key(&namespace, number),
                 principal: None,
@@ -73,7 +77,7 @@ fn update(state: &mut State, count: u64) {
         // Some 80,000 a second.
         advance(state, Duration::from_millis(12));
         let command = |number| {
-            encode_command(&Command::UpdateSession {
+            encode(&Command::UpdateSession {
                 request: request(state, count + number),
                 key: key(&namespace, random(number) % count),
                 set: vec![attribute(number)],
@@ -95,7 +99,7 @@ fn touch(state: &mut State, count: u64) {
     for name in ["touch, stored", "touch, coalesced"] {
         advance(state, Duration::from_secs(if name == "touch, stored" { 200 } else { 0 }));
         let command = |number| {
-            encode_command(&Command::TouchSession {
+            encode(&Command::TouchSession {
                 request: request(state, number),
                 key: key(&namespace, random(number) % count),
             })
@@ -166,7 +170,8 @@ fn apply(state: &mut State, commands: &[Bytes]) -> Duration {
     let start = cpu_time();
     // As many as an entry holds on a busy node.
     for entry in commands.chunks(100) {
-        let decoded = entry.iter().map(|command| decode_command(command.clone()).unwrap());
+        let decoded =
+            entry.iter().map(|command| decode_command(command.clone(), FEATURE_LEVEL).unwrap());
         let commands: Vec<Command> = decoded.collect();
         state.fetch(commands.iter());
         for command in &commands {

@@ -58,7 +58,8 @@
 //! 3. The query looks at the state in memory, of the node that was asked, and `wire` encodes the
 //!    answer. A read writes nothing; one that also touches the session may propose a command.
 //!
-//! A local read ([`raft::Node::read_local`]) skips step 2, or waits for a revision.
+//! A local read ([`raft::Node::read_local`]) skips step 2, or waits for a revision; if it bounds its
+//! age, that is told by what the node heard last from a leader with a majority (`raft::freshness`).
 //!
 //! # The life of a wait
 //!
@@ -70,6 +71,13 @@
 //!    sent to any node, finds its claim. Only a Cancel, or the end of its wait or lease, ends it.
 //!
 //! Renewals of leases go before everything else that waits to be proposed (`raft::lanes`).
+//!
+//! # Versions
+//!
+//! What an entry means is decided by the feature level in the state (`state::level`), which a
+//! command of the log raises: the leader proposes it once every member has said that its build
+//! knows the higher one (`raft::level`). So nodes of two builds make the same of every entry, and
+//! one that cannot halts.
 //!
 //! # What is on disk
 //!

@@ -1,5 +1,10 @@
 //! The limits that callers and operators meet, with the reason where there is more to it than a
 //! round number. What only one module can outgrow is limited there.
+//!
+//! A limit that the state consults when it applies a command decides what an entry means, so it
+//! belongs to the feature level (`state::level`): where two builds have other values, their nodes
+//! part. Such a limit changes only together with `FEATURE_LEVEL`, the state keeps the old value for
+//! the levels below, and a test in `state::level` names them all with the values that they have.
 
 use std::time::Duration;
 
@@ -46,8 +51,12 @@ pub const IDLE_TIMEOUT_DEFAULT: Duration = Duration::from_secs(30 * 60);
 
 /// Most requests that a record remembers.
 pub const REMEMBERED_REQUESTS_MAX: usize = 8;
-/// Longest time between a request's first sending and its last application.
+/// Longest time between a request's first sending and its expiry.
 pub const REQUEST_LIFETIME_MAX: Duration = Duration::from_secs(60);
+/// How far the clock of whoever dates a request may be ahead of the cluster's; a request is not
+/// applied in the last so much of the longest lifetime. A client that asks for the time once a
+/// minute is off by no more than a second.
+pub const REQUEST_SKEW_MAX: Duration = Duration::from_secs(5);
 /// Deadline of a request whose caller did not say.
 pub const REQUEST_TIMEOUT_DEFAULT: Duration = Duration::from_secs(10);
 /// How long a removed key stays retired: longer than any request lives.

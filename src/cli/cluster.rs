@@ -83,10 +83,11 @@ async fn status(client: &Client, common: &Common) -> Result<(), Failure> {
             "LAG",
             "FSYNC P99",
             "CLOCK",
+            "LEVEL",
             "REVISION",
             "DIGEST",
         ],
-        &[0, 3, 4, 5, 6, 7, 8, 10],
+        &[0, 3, 4, 5, 6, 7, 8, 10, 11],
     );
     for node in &nodes {
         table.row(node.row());
@@ -99,6 +100,9 @@ async fn status(client: &Client, common: &Common) -> Result<(), Failure> {
             Ok(status) if !status.halted_reason.is_empty() => {
                 let reason = printable(&status.halted_reason);
                 output::message(&format!("quorate: node {} has halted: {reason}", node.node_id));
+            }
+            Ok(status) if !status.feature_level_obstacle.is_empty() => {
+                output::message(&format!("quorate: {}", held_back(status)));
             }
             Ok(_) => {}
         }
@@ -183,6 +187,7 @@ impl Node {
                 status.checkpoint_lag_entries.to_string(),
                 fsync_p99(status).map_or_else(|| "-".to_owned(), length),
                 clock(status).map_or_else(|| "-".to_owned(), time_text),
+                level(status).map_or_else(|| "-".to_owned(), |level| level.to_string()),
                 status.revision.to_string(),
                 printable(&status.state_digest).chars().take(DIGEST_CHARS).collect(),
             ]),
@@ -234,6 +239,9 @@ impl Node {
             "resident_bytes": status.resident_bytes,
             "version": status.version,
             "members": members.collect::<Vec<Value>>(),
+            "feature_level": level(status),
+            "supported_feature_level": supported_level(status),
+            "feature_level_obstacle": status.feature_level_obstacle,
             "halted_reason": status.halted_reason,
             "client_connections": status.client_connections,
             "refused_connections": status.refused_connections,
@@ -256,6 +264,26 @@ fn role(status: &StatusResponse) -> &'static str {
         NodeRole::Uninitialized => "uninitialized",
         NodeRole::Unspecified => "unknown",
     }
+}
+
+/// The feature level in force; none from a node whose version does not say, or outside a cluster.
+fn level(status: &StatusResponse) -> Option<u32> {
+    Some(status.feature_level).filter(|level| *level > 0)
+}
+
+fn supported_level(status: &StatusResponse) -> Option<u32> {
+    Some(status.supported_feature_level).filter(|level| *level > 0)
+}
+
+/// Why the leader does not raise the level.
+fn held_back(status: &StatusResponse) -> String {
+    format!(
+        "the cluster stays at feature level {}, and node {} knows {}: {}",
+        status.feature_level,
+        status.node_id,
+        status.supported_feature_level,
+        printable(&status.feature_level_obstacle)
+    )
 }
 
 fn fsync_p99(status: &StatusResponse) -> Option<Duration> {
@@ -413,6 +441,22 @@ mod tests {
     }
 
     #[test]
+    fn a_level_that_is_held_back_is_explained() {
+        let mut node = node(1, 5, "aa");
+        let Ok(status) = &mut node.status else { panic!() };
+        // A version that does not say.
+        assert_eq!((level(status), supported_level(status)), (None, None));
+        status.feature_level = 2;
+        status.supported_feature_level = 3;
+        status.feature_level_obstacle = "not heard from 3".into();
+        let message = held_back(status);
+        assert!(message.contains("level 2, and node 1 knows 3: not heard from 3"), "{message}");
+        assert_eq!(node.row()[10], "2");
+        assert_eq!(node.json()["feature_level"], 2);
+        assert_eq!(node.json()["feature_level_obstacle"], "not heard from 3");
+    }
+
+    #[test]
     fn times_that_make_no_sense_are_left_out() {
         let status = StatusResponse {
             cluster_time: Some(prost_types::Timestamp { seconds: i64::MIN, nanos: -1 }),
@@ -420,7 +464,7 @@ mod tests {
             ..Default::default()
         };
         let node = Node { node_id: 1, address: "a:1".into(), status: Ok(status) };
-        assert_eq!(node.row().len(), 12);
+        assert_eq!(node.row().len(), 13);
         assert_eq!(node.json()["fsync_p99"], Value::Null);
     }
 }

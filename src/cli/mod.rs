@@ -203,6 +203,7 @@ mod tests {
             "quorate session create --id - --principal alice --idle-timeout 30m \
              --absolute-timeout never a=b c=@d",
             "quorate session get 0123456789abcdef --local",
+            "quorate session get 0123456789abcdef --local --max-staleness 2s",
             "quorate session get -",
             "quorate session get --handle 0123456789abcdef0123456789abcdef",
             "quorate session set 0123456789abcdef --expect-version 3 --remove a --remove b \

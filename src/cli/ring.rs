@@ -98,6 +98,10 @@ pub(crate) struct LocateArguments {
     /// Answer from what the asked node has, though it may be stale
     #[arg(long)]
     local: bool,
+    /// With --local, only if what it has is no older than this
+    #[arg(long, value_name = "TIME", requires = "local")]
+    #[arg(value_parser = argument::positive_duration)]
+    max_staleness: Option<Duration>,
 }
 
 /// `quorate ring show`.
@@ -108,6 +112,10 @@ pub(crate) struct ShowArguments {
     /// Answer from what the asked node has, though it may be stale
     #[arg(long)]
     local: bool,
+    /// With --local, only if what it has is no older than this
+    #[arg(long, value_name = "TIME", requires = "local")]
+    #[arg(value_parser = argument::positive_duration)]
+    max_staleness: Option<Duration>,
 }
 
 fn tag(text: &str) -> Result<String, String> {
@@ -129,8 +137,8 @@ pub(crate) async fn run(command: RingCommand, common: &Common) -> Result<(), Fai
             output.result(&format!("left at revision {revision}"), &json!({ "revision": revision }))
         }
         RingCommand::Locate(arguments) => locate(&rings, arguments, output).await,
-        RingCommand::Show(ShowArguments { ring, local }) => {
-            let shares = rings.shares(&ring, read_options(local)).await;
+        RingCommand::Show(ShowArguments { ring, local, max_staleness }) => {
+            let shares = rings.shares(&ring, read_options(local, max_staleness)).await;
             let shares = shares.map_err(|error| Failure::naming(error, &named_ring(&ring)))?;
             show(output, &shares, Now(client.cluster_time()))
         }
@@ -145,9 +153,13 @@ fn named_member(member: &str, ring: &str) -> String {
     format!("member {} of ring {}", printable(member), printable(ring))
 }
 
-fn read_options(local: bool) -> RingReadOptions {
+fn read_options(local: bool, max_staleness: Option<Duration>) -> RingReadOptions {
     let options = RingReadOptions::new();
-    if local { options.local(0) } else { options }
+    let options = if local { options.local(0) } else { options };
+    match max_staleness {
+        Some(age) => options.max_staleness(age),
+        None => options,
+    }
 }
 
 async fn join(
@@ -241,9 +253,10 @@ fn report(output: Output, lease: LeaseId, joined: &Joined) -> Result<(), Failure
 }
 
 async fn locate(rings: &Rings, arguments: LocateArguments, output: Output) -> Result<(), Failure> {
-    let LocateArguments { ring, keys, count, local } = arguments;
+    let LocateArguments { ring, keys, count, local, max_staleness } = arguments;
     let bytes = keys.iter().map(|key| key.clone().into_bytes());
-    let located = rings.locate(&ring, bytes, count, read_options(local)).await;
+    let options = read_options(local, max_staleness);
+    let located = rings.locate(&ring, bytes, count, options).await;
     let located = located.map_err(|error| Failure::naming(error, &named_ring(&ring)))?;
     if output.format == Format::Json {
         return output.result("", &located_json(&keys, &located));

@@ -1,5 +1,7 @@
 //! `quorate session`: every call on sessions, from the shell.
 
+use std::time::Duration;
+
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
@@ -91,6 +93,10 @@ pub(crate) struct GetArguments {
     /// Answer from what the asked node has, though it may be stale
     #[arg(long)]
     local: bool,
+    /// With --local, only if what it has is no older than this
+    #[arg(long, value_name = "TIME", requires = "local")]
+    #[arg(value_parser = argument::positive_duration)]
+    max_staleness: Option<Duration>,
 }
 
 /// `quorate session set`.
@@ -211,6 +217,9 @@ pub(crate) async fn run(command: SessionCommand, common: &Common) -> Result<(), 
             let mut options = ReadOptions::new();
             if arguments.local {
                 options = options.local(0);
+            }
+            if let Some(age) = arguments.max_staleness {
+                options = options.max_staleness(age);
             }
             let found = sessions.get_with(arguments.select.selector()?, options).await?;
             show(output, &found.value, found.revision, now())

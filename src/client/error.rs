@@ -296,11 +296,13 @@ impl Failure {
             (_, "LOCK_NOT_HELD") => Self::Final(Error::LockNotHeld { message }),
             (_, "FENCED") => Self::Final(Error::Fenced { message }),
             (_, "STILL_WAITING") => Self::Pending(Error::DeadlineExceeded { message }),
-            (Code::Unavailable, "NO_LEADER" | "NOT_INITIALIZED") => Self::NotApplied {
-                error: Error::Unavailable { reason: owned, message },
-                delay,
-                elsewhere: true,
-            },
+            (Code::Unavailable, "NO_LEADER" | "NOT_INITIALIZED" | "TOO_STALE") => {
+                Self::NotApplied {
+                    error: Error::Unavailable { reason: owned, message },
+                    delay,
+                    elsewhere: true,
+                }
+            }
             (Code::Unavailable, _) => Self::Unknown(Error::Unavailable { reason: owned, message }),
             (Code::DeadlineExceeded | Code::Cancelled, _) => {
                 Self::Unknown(Error::DeadlineExceeded { message })

@@ -218,8 +218,8 @@ impl Locks {
     /// # Errors
     ///
     /// [`Error::LockNotHeld`] when the token does not hold it. Without `lease`, which remembers the
-    /// request, that may also be because this very call has given it back, over a connection that
-    /// was lost.
+    /// request, [`Error::OutcomeUnknown`] where it may have been this very call that has given it
+    /// back, over a connection that was lost.
     pub async fn release(
         &self,
         lock: &str,
@@ -235,7 +235,8 @@ impl Locks {
     ///
     /// # Errors
     ///
-    /// [`Error::LockNotHeld`] when the token does not hold it.
+    /// [`Error::LockNotHeld`] when the token does not hold it; [`Error::OutcomeUnknown`] where it may
+    /// have been this very call that broke it, over a connection that was lost.
     pub async fn break_lock(
         &self,
         lock: &str,

@@ -21,7 +21,7 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 
@@ -29,7 +29,7 @@ use super::Client;
 use super::error::{Error, mismatched};
 use super::id::LeaseId;
 use super::lease::LeaseTiming;
-use super::time::system_time;
+use super::time::{duration_to_proto, system_time};
 use crate::placement::{ALGORITHM_VERSION, Circle};
 use crate::proto::v1;
 use crate::proto::v1::Consistency;
@@ -124,6 +124,7 @@ pub struct Joined {
 pub struct RingReadOptions {
     local: bool,
     min_revision: u64,
+    max_staleness: Option<Duration>,
 }
 
 impl RingReadOptions {
@@ -136,6 +137,13 @@ impl RingReadOptions {
     pub fn local(mut self, min_revision: u64) -> Self {
         self.local = true;
         self.min_revision = min_revision;
+        self
+    }
+
+    /// Refuses a local read of what can be older than this, by what the asked node has heard;
+    /// another node is asked then. Of no use to a read that is not local.
+    pub fn max_staleness(mut self, age: Duration) -> Self {
+        self.max_staleness = Some(age);
         self
     }
 
@@ -372,6 +380,7 @@ impl Rings {
             count,
             consistency: options.consistency(),
             min_revision: options.min_revision,
+            max_staleness: options.max_staleness.map(duration_to_proto),
         });
         match self.client.call(request).await? {
             Response::LocateKeys(located) => Ok(Located {
@@ -456,6 +465,7 @@ impl Rings {
             ring: ring.to_owned(),
             consistency: options.consistency(),
             min_revision: options.min_revision,
+            max_staleness: options.max_staleness.map(duration_to_proto),
             without_shares,
         });
         match self.client.call(request).await? {

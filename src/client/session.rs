@@ -8,7 +8,7 @@ use bytes::Bytes;
 use super::Client;
 use super::error::{Error, mismatched};
 use super::id::{Handle, Selector, SessionId};
-use super::time::{Timeout, duration_from_proto, system_time};
+use super::time::{Timeout, duration_from_proto, duration_to_proto, system_time};
 use crate::proto::v1;
 use crate::proto::v1::Consistency;
 use crate::proto::v1::pipeline_request::Request;
@@ -133,6 +133,7 @@ pub struct Found<T> {
 pub struct ReadOptions {
     local: bool,
     min_revision: u64,
+    max_staleness: Option<Duration>,
     attribute_names: Vec<String>,
     metadata_only: bool,
     touch: bool,
@@ -148,6 +149,13 @@ impl ReadOptions {
     pub fn local(mut self, min_revision: u64) -> Self {
         self.local = true;
         self.min_revision = min_revision;
+        self
+    }
+
+    /// Refuses a local read of what can be older than this, by what the asked node has heard;
+    /// another node is asked then. Of no use to a read that is not local.
+    pub fn max_staleness(mut self, age: Duration) -> Self {
+        self.max_staleness = Some(age);
         self
     }
 
@@ -398,6 +406,7 @@ impl Sessions {
             session: Some(session.into().into_proto()),
             consistency: options.consistency(),
             min_revision: options.min_revision,
+            max_staleness: options.max_staleness.map(duration_to_proto),
             attribute_names: options.attribute_names,
             metadata_only: options.metadata_only,
             touch: options.touch,
@@ -427,6 +436,7 @@ impl Sessions {
             sessions: selectors.collect(),
             consistency: options.consistency(),
             min_revision: options.min_revision,
+            max_staleness: options.max_staleness.map(duration_to_proto),
             attribute_names: options.attribute_names,
             metadata_only: options.metadata_only,
         });
@@ -549,6 +559,7 @@ impl Sessions {
             page_size: options.page_size,
             page_token: next.unwrap_or_default(),
             consistency: local.into(),
+            max_staleness: None,
         });
         match self.client.call(request).await? {
             Response::ListSessions(page) => Ok(Page {

@@ -207,6 +207,11 @@ impl Circle {
         Ok(Self::with_points(members, points))
     }
 
+    /// What the points take, in bytes: 20 KiB a member.
+    pub fn size_bytes(&self) -> usize {
+        size_of_val(&*self.positions) + size_of_val(&*self.owners)
+    }
+
     fn with_points(members: Vec<Member>, mut points: Vec<(u64, u16)>) -> Self {
         points.sort_unstable();
         let weight_max = members.iter().map(|member| member.weight).max().unwrap_or(1);

@@ -184,7 +184,11 @@ fn the_wait_and_the_lease_end_in_the_log() {
     };
     for seconds in [9, 18] {
         node.state.advance(at(seconds));
-        node.apply(&Command::RenewLeases { namespace: lock().namespace, ids: ids.clone() });
+        node.apply(&Command::RenewLeases {
+            namespace: lock().namespace,
+            ids: ids.clone(),
+            expires: None,
+        });
     }
     node.state.advance(at(19));
     node.apply(&Command::Tick);

@@ -6,6 +6,7 @@
 
 use std::cell::Cell;
 use std::io;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -20,10 +21,13 @@ use super::convert::{Boundary, boundary_decode};
 use super::dirty::DirtyMap;
 use super::following::{Calls, Following};
 use super::halt::abort_on_panic;
+use super::level::Levels;
 use super::types::{
     CommittedLeaderId, LogId, Member, PackReply, SnapshotMeta, StoredMembership, TypeConfig,
 };
-use crate::state::{self, Change, Command, RecordKey, Reply, Restore, Revision, State};
+use crate::state::{
+    self, Change, CodecError, Command, Proposal, RecordKey, Reply, Restore, Revision, State,
+};
 use crate::storage::snapshot::{SnapshotError, SnapshotFile, SnapshotReader};
 
 type Snapshot = openraft::storage::Snapshot<CommittedLeaderId, u64, Member, SnapshotFile>;
@@ -51,6 +55,7 @@ pub(crate) struct Core {
     inner: Mutex<Inner>,
     applied: watch::Sender<Applied>,
     following: Arc<Following>,
+    levels: Arc<Levels>,
 }
 
 struct Inner {
@@ -87,6 +92,7 @@ impl Core {
             revision: state.revision(),
             membership: *membership.log_id(),
         };
+        let levels = Levels::new(state.feature_level());
         Arc::new(Self {
             inner: Mutex::new(Inner {
                 state,
@@ -98,6 +104,7 @@ impl Core {
             }),
             applied: watch::Sender::new(applied),
             following: Arc::default(),
+            levels,
         })
     }
 
@@ -110,6 +117,11 @@ impl Core {
         look(&self.lock().state)
     }
 
+    /// The feature level in force, and what the members know.
+    pub(crate) fn levels(&self) -> &Arc<Levels> {
+        &self.levels
+    }
+
     /// The calls that wait for locks.
     pub(crate) fn following(&self) -> &Arc<Following> {
         &self.following
@@ -118,6 +130,11 @@ impl Core {
     /// Follows how far the state machine is.
     pub(crate) fn applied(&self) -> watch::Receiver<Applied> {
         self.applied.subscribe()
+    }
+
+    /// Log index of the first entry not applied.
+    pub(crate) fn next_index(&self) -> u64 {
+        self.applied.borrow().next_index
     }
 
     /// Where in the log the membership stands, as far as it is applied.
@@ -172,6 +189,7 @@ impl Core {
             revision: inner.state.revision(),
             membership: *inner.membership.log_id(),
         };
+        self.levels.follow(inner.state.feature_level());
         drop(inner);
         self.applied.send_replace(applied);
         calls.make();
@@ -187,6 +205,7 @@ impl Core {
         };
         let mut calls = Calls::default();
         inner.state = state;
+        self.levels.follow(inner.state.feature_level());
         self.following.installed(&inner.state, &mut calls);
         inner.last_applied = boundary.log_id;
         inner.membership = boundary.membership;
@@ -208,21 +227,21 @@ impl Inner {
         following: &Following,
         calls: &mut Calls,
     ) -> io::Result<Vec<Reply>> {
-        let entry = state::decode_entry(pack)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-        if entry.feature_level > state::FEATURE_LEVEL {
-            return Err(io::Error::other(format!(
-                "an entry has feature level {}, this version knows up to {}: upgrade this node",
-                entry.feature_level,
-                state::FEATURE_LEVEL
-            )));
-        }
+        let invalid = |error: CodecError| {
+            io::Error::new(io::ErrorKind::InvalidData, format!("an entry of the log: {error}"))
+        };
+        let entry = state::decode_entry(pack).map_err(invalid)?;
+        let level = self.state.feature_level();
+        let decode = |proposal: Proposal| match state::decode_command(proposal.command, level) {
+            Ok(command) => Ok((Some(command), proposal.resend)),
+            // Another build may know it, and would apply it.
+            Err(error @ CodecError::FeatureLevel { .. }) => Err(invalid(error)),
+            // No build does.
+            Err(_) => Ok((None, proposal.resend)),
+        };
+        let commands: Vec<_> =
+            entry.proposals.into_iter().map(decode).collect::<io::Result<_>>()?;
         self.state.advance(entry.stamp);
-        let commands: Vec<_> = entry
-            .proposals
-            .into_iter()
-            .map(|proposal| (state::decode_command(proposal.command).ok(), proposal.resend))
-            .collect();
         let mut replies = Vec::with_capacity(if wanted { commands.len() } else { 0 });
         for group in commands.chunks(COMMANDS_FETCHED_MAX) {
             self.state.fetch(group.iter().filter_map(|(command, _)| command.as_ref()));
@@ -287,7 +306,13 @@ impl StateMachine {
     }
 }
 
-/// Reads a snapshot file into a state. Blocks for as long as that takes.
+/// What says that a file is sound, and that it takes a later build to read it.
+pub(crate) fn unsupported(path: &Path, error: &CodecError) -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, format!("{}: {error}", path.display()))
+}
+
+/// Reads a snapshot file into a state. Blocks for as long as that takes. `Unsupported` if it takes a
+/// later build.
 pub(crate) fn load_snapshot(file: &SnapshotFile) -> io::Result<(Boundary, State)> {
     let invalid = |error: &dyn std::fmt::Display| {
         io::Error::new(
@@ -297,7 +322,10 @@ pub(crate) fn load_snapshot(file: &SnapshotFile) -> io::Result<(Boundary, State)
     };
     let reader = SnapshotReader::open(&file.path).map_err(snapshot_failed)?;
     let boundary = boundary_decode(reader.header()).map_err(|error| invalid(&error))?;
-    let mut restore = Restore::new(&boundary.state).map_err(|error| invalid(&error))?;
+    let mut restore = Restore::new(&boundary.state).map_err(|error| match error {
+        CodecError::FeatureLevel { .. } => unsupported(&file.path, &error),
+        error => invalid(&error),
+    })?;
     for record in reader.records() {
         let (key, value) = record.map_err(snapshot_failed)?;
         restore.insert(&key, &value).map_err(|error| invalid(&error))?;

@@ -3,12 +3,13 @@
 //! Reading order: [`node`](Node) owns a node's life; `formation` makes a cluster of empty nodes;
 //! `replica` is one Raft group, `recovery` what it finds on disk; `leadership` says where commands
 //! go; `lanes` says in which order, and `proposals` packs them into entries; `barrier` makes reads
-//! linearizable, as `rounds` decides; `machine` applies, and `following` tells who waits for a
-//! lock; `sweeper` answers whoever has waited long enough for any of these; `dirty` collects what
-//! has changed, of which `checkpointer` keeps the durable copy; `clock`, `ticker` and `timekeeper`
-//! are time; `log`, `network`, `exchange` and `peer` are the disk and the wire as Raft uses them,
-//! by way of `types` and `convert`; `supervisor` spawns all that lives as long as the node;
-//! `status`, `troubles` and `halt` are for the operator.
+//! linearizable, as `rounds` decides, and `freshness` bounds the age of those that are not; `level`
+//! says what nodes of different builds may propose; `machine` applies, and `following` tells who
+//! waits for a lock; `sweeper` answers whoever has waited long enough for any of these; `dirty`
+//! collects what has changed, of which `checkpointer` keeps the durable copy; `clock`, `ticker` and
+//! `timekeeper` are time; `log`, `network`, `exchange` and `peer` are the disk and the wire as Raft
+//! uses them, by way of `types` and `convert`; `supervisor` spawns all that lives as long as the
+//! node; `status`, `troubles` and `halt` are for the operator.
 
 mod barrier;
 mod checkpointer;
@@ -22,9 +23,11 @@ mod following;
 #[cfg(test)]
 mod following_test;
 mod formation;
+mod freshness;
 mod halt;
 mod lanes;
 mod leadership;
+mod level;
 mod log;
 mod machine;
 mod network;

@@ -31,10 +31,13 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::clock::ClusterClock;
 use super::convert::{append_result_in, entry_out, log_id_in, log_id_out, vote_in, vote_out};
-use super::types::{LogId, Member, TypeConfig, Vote};
+use super::freshness::Freshness;
+use super::level::Levels;
+use super::types::{LogId, Member, TypeConfig, Vote, term_of};
 use crate::limits::ENTRY_BYTES_MAX;
 use crate::proto::peer;
 use crate::proto::peer::peer_service_client::PeerServiceClient;
+use crate::state::FEATURE_LEVEL;
 use crate::storage::snapshot::SnapshotFile;
 use crate::storage::wal::Wal;
 
@@ -58,6 +61,8 @@ pub(crate) struct Identity {
 pub(crate) struct Peers {
     pub(crate) identity: Identity,
     pub(crate) clock: Arc<ClusterClock>,
+    levels: Arc<Levels>,
+    freshness: Arc<Freshness>,
     /// Ends the holding back of commits.
     pub(crate) flush_commits: Arc<Notify>,
     pub(crate) announced: Arc<Announced>,
@@ -151,12 +156,16 @@ impl Peers {
     pub(crate) fn new(
         identity: Identity,
         clock: Arc<ClusterClock>,
+        levels: Arc<Levels>,
+        freshness: Arc<Freshness>,
         election_timeout: Duration,
         wal: Wal,
     ) -> Arc<Self> {
         Arc::new(Self {
             identity,
             clock,
+            levels,
+            freshness,
             election_timeout,
             wal,
             membership: Arc::default(),
@@ -214,9 +223,11 @@ impl Peers {
         &self,
         header: peer::Header,
         rpc: &AppendEntriesRequest<TypeConfig>,
+        quorum_silence: Option<u64>,
     ) -> peer::HeartbeatRequest {
         self.announced.note(rpc.leader_commit.as_ref());
         peer::HeartbeatRequest {
+            quorum_silence,
             header: Some(header),
             vote: Some(vote_out(&rpc.vote)),
             prev_log_id: rpc.prev_log_id.as_ref().map(log_id_out),
@@ -236,6 +247,7 @@ impl Peers {
             to_node,
             to_incarnation,
             clock: Some(self.clock.announce()),
+            feature_level: Some(FEATURE_LEVEL),
         }
     }
 }
@@ -334,17 +346,30 @@ impl Network {
         })
     }
 
+    /// What a leader says of its majority, in milliseconds, where its commit proves something: it is
+    /// of its own term. The leader takes itself at its word.
+    fn quorum_silence(&self, rpc: &AppendEntriesRequest<TypeConfig>) -> Option<u64> {
+        let silence = self.peers.freshness.quorum_silence()?;
+        let commit =
+            rpc.leader_commit.filter(|commit| term_of(commit) == rpc.vote.leader_id.term)?;
+        self.peers.freshness.hear(self.peers.clock.monotonic(), commit.index + 1, silence);
+        u64::try_from(silence.as_millis()).ok()
+    }
+
     async fn heartbeat(
         &self,
         rpc: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> RpcResult<AppendEntriesResponse<TypeConfig>> {
-        let mut request = tonic::Request::new(self.peers.heartbeat_out(self.header(), &rpc));
+        let quorum_silence = self.quorum_silence(&rpc);
+        let heartbeat = self.peers.heartbeat_out(self.header(), &rpc, quorum_silence);
+        let mut request = tonic::Request::new(heartbeat);
         request.set_timeout(option.hard_ttl());
         let mut client = client(self.link()?.control.clone());
         let response =
             client.heartbeat(request).await.map_err(|status| failed(&status))?.into_inner();
         self.peers.clock.observe(self.target, response.clock.as_ref());
+        self.peers.levels.hear(self.target, self.incarnation, response.feature_level);
         Ok(match append_result_in(response.result).map_err(malformed)? {
             Ok(_) => AppendEntriesResponse::Success,
             Err(openraft::raft::StreamAppendError::Conflict(_)) => AppendEntriesResponse::Conflict,
@@ -599,13 +624,15 @@ mod tests {
         let wal = Wal::open(Arc::new(RealFiles), directory.path(), WalOptions::default());
         let clock = Arc::new(ClusterClock::new(1, Arc::new(SystemClock), Stamp::default(), None));
         let identity = Identity { cluster_id: 1, node_id: 1, incarnation: 1 };
-        let peers = Peers::new(identity, clock, Duration::from_millis(500), wal.unwrap().0);
+        let (levels, freshness) = (Levels::new(FEATURE_LEVEL), Arc::default());
+        let (wal, election_timeout) = (wal.unwrap().0, Duration::from_millis(500));
+        let peers = Peers::new(identity, clock, levels, freshness, election_timeout, wal);
         assert_eq!(peers.announced.next_index(), 0);
         let committed =
             |index| AppendEntriesRequest { leader_commit: Some(log_id(1, index)), ..request(9, 0) };
         peers.append_out(None, committed(7));
         assert_eq!(peers.announced.next_index(), 8);
-        peers.heartbeat_out(peer::Header::default(), &committed(9));
+        peers.heartbeat_out(peer::Header::default(), &committed(9), None);
         assert_eq!(peers.announced.next_index(), 10);
         peers.append_out(None, committed(8));
         assert_eq!(peers.announced.next_index(), 10);

@@ -141,6 +141,9 @@ pub enum ReadError {
     /// No majority confirmed a leader, or the node has not applied enough.
     #[error("no majority confirmed a leader in time")]
     NoLeader,
+    /// What this node has applied can be so old, or of any age, and a local read was to be fresher.
+    #[error("what this node has applied is older than was asked for")]
+    TooStale(Option<Duration>),
     /// The node has stopped itself, for this reason.
     #[error("this node has halted: {0}")]
     Halted(String),
@@ -403,7 +406,8 @@ impl Node {
         let done = move |result: Result<Reply, ProposeError>| {
             done(result.map_err(|error| WriteError::of(error, halt.reason())));
         };
-        replica.proposals.propose(encode_command(command), resend, deadline, lane, Box::new(done));
+        let command = encode_command(command, replica.core.levels().in_force());
+        replica.proposals.propose(command, resend, deadline, lane, Box::new(done));
     }
 
     /// Proposes an AcquireLock, and waits for the lock where it has to. The command has to be
@@ -498,10 +502,12 @@ impl Node {
         );
     }
 
-    /// Looks at the state as this node has it, once it has applied `min_revision`.
+    /// Looks at the state as this node has it, once it has applied `min_revision`, and unless it
+    /// can be older than `max_staleness` then.
     pub fn read_local<T>(
         &self,
         min_revision: u64,
+        max_staleness: Option<Duration>,
         deadline: Duration,
         look: impl FnOnce(&State) -> T + Send + 'static,
         done: impl FnOnce(Result<T, ReadError>) + Send + 'static,
@@ -510,17 +516,21 @@ impl Node {
             done(Err(ReadError::NotInitialized));
             return;
         };
-        let core = replica.core.clone();
-        let mut applied = core.applied();
+        let replica = replica.clone();
+        let mut applied = replica.core.applied();
         if applied.borrow().revision.0 >= min_revision {
-            done(Ok(core.read(look)));
+            done(look_locally(&replica, max_staleness, look));
             return;
         }
         let wait = deadline.saturating_sub(self.monotonic());
         tokio::spawn(async move {
             let reached = applied.wait_for(|applied| applied.revision.0 >= min_revision);
             let reached = matches!(tokio::time::timeout(wait, reached).await, Ok(Ok(_)));
-            done(if reached { Ok(core.read(look)) } else { Err(ReadError::NoLeader) });
+            done(if reached {
+                look_locally(&replica, max_staleness, look)
+            } else {
+                Err(ReadError::NoLeader)
+            });
         });
     }
 
@@ -608,6 +618,22 @@ impl Node {
         // Connections of peers may keep this node in memory for a while, but not its directory.
         *self.directory.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
+}
+
+/// Looks at the state unless it can be too old. That is judged first: what is applied in between
+/// only makes it fresher.
+fn look_locally<T>(
+    replica: &Replica,
+    max_staleness: Option<Duration>,
+    look: impl FnOnce(&State) -> T,
+) -> Result<T, ReadError> {
+    if let Some(max) = max_staleness {
+        let found = replica.staleness();
+        if found.is_none_or(|found| found > max) {
+            return Err(ReadError::TooStale(found));
+        }
+    }
+    Ok(replica.core.read(look))
 }
 
 fn random_u64() -> io::Result<u64> {

@@ -20,7 +20,7 @@ use crate::proto::peer;
 use crate::proto::peer::exchange_request::Request as Question;
 use crate::proto::peer::exchange_response::Response as Answer;
 use crate::proto::peer::peer_service_server::PeerService;
-use crate::state::Proposal;
+use crate::state::{FEATURE_LEVEL, Proposal};
 use crate::storage::snapshot::SnapshotReceiver;
 
 /// Answers on their way on one exchange stream before its questions are read no further.
@@ -184,6 +184,7 @@ impl PeerService for PeerServer {
         let sender = Sender::Leader(request.vote.as_ref());
         let replica = self.meant(request.header.as_ref(), sender)?;
         let prev_log_id: Option<LogId> = request.prev_log_id.map(log_id_in);
+        let told = request.leader_commit.zip(request.quorum_silence);
         let rpc = AppendEntriesRequest {
             vote: vote_in(request.vote).map_err(invalid)?,
             prev_log_id,
@@ -195,6 +196,13 @@ impl PeerService for PeerServer {
             .append_entries(rpc)
             .await
             .map_err(|error| Status::unavailable(error.to_string()))?;
+        // What a leader says whose term is over is refused above all.
+        if let Some((commit, silence)) = told
+            && !matches!(response, AppendEntriesResponse::HigherVote(_))
+        {
+            let silence = Duration::from_millis(silence);
+            replica.freshness.hear(replica.clock.monotonic(), commit.index + 1, silence);
+        }
         let result = match response {
             AppendEntriesResponse::Success => Ok(prev_log_id),
             AppendEntriesResponse::PartialSuccess(matched) => Ok(matched),
@@ -206,6 +214,7 @@ impl PeerService for PeerServer {
         Ok(Response::new(peer::HeartbeatResponse {
             result: Some(append_result_out(result)),
             clock: Some(replica.clock.announce()),
+            feature_level: Some(FEATURE_LEVEL),
         }))
     }
 
@@ -340,13 +349,14 @@ fn answer(replica: &Arc<Replica>, question: Question, done: impl FnOnce(Answer) 
             );
         }
         Question::Commands(commands) => {
+            let level = commands.feature_level;
             let proposals = commands
                 .commands
                 .into_iter()
                 .map(|command| Proposal { command: command.command, resend: command.resend })
                 .collect();
             let replica = replica.clone();
-            tokio::spawn(async move { done(replica.proposals.lead_for(proposals).await) });
+            tokio::spawn(async move { done(replica.proposals.lead_for(proposals, level).await) });
         }
     }
 }

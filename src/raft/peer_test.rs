@@ -15,6 +15,7 @@ use super::replica::{RaftTimeouts, Replica};
 use crate::clock::SystemClock;
 use crate::proto::peer;
 use crate::proto::peer::peer_service_client::PeerServiceClient;
+use crate::state::FEATURE_LEVEL;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const OWN: u64 = 1;
@@ -72,6 +73,7 @@ impl One {
             to_incarnation: identity.incarnation,
             clock: None,
             membership,
+            feature_level: Some(FEATURE_LEVEL),
         }
     }
 }

@@ -20,6 +20,7 @@ use super::clock::ClusterClock;
 use super::exchange::{Exchanges, Lost};
 use super::lanes::{Lane, Lanes, PROPOSAL_OVERHEAD_BYTES, Waiter};
 use super::leadership::{Leadership, Route};
+use super::level::Levels;
 use super::sweeper::Sweeper;
 use super::types::{Pack, Raft};
 use crate::limits::{ENTRIES_IN_FLIGHT_MAX, ENTRY_BYTES_MAX};
@@ -75,6 +76,7 @@ pub(crate) struct Proposals {
     arrived: Notify,
     raft: Raft,
     leadership: Arc<Leadership>,
+    levels: Arc<Levels>,
     exchanges: Arc<Exchanges>,
     clock: Arc<ClusterClock>,
     sweeper: Arc<Sweeper>,
@@ -86,6 +88,7 @@ impl Proposals {
     pub(crate) fn new(
         raft: Raft,
         leadership: Arc<Leadership>,
+        levels: Arc<Levels>,
         exchanges: Arc<Exchanges>,
         clock: Arc<ClusterClock>,
         sweeper: Arc<Sweeper>,
@@ -96,6 +99,7 @@ impl Proposals {
             arrived: Notify::new(),
             raft,
             leadership,
+            levels,
             exchanges,
             clock,
             sweeper,
@@ -233,7 +237,8 @@ impl Proposals {
     }
 
     async fn lead(self: &Arc<Self>, id: u64, proposals: &[Proposal]) {
-        let entry = state::encode_entry(self.leadership.stamp(), proposals);
+        let level = self.levels.in_force();
+        let entry = state::encode_entry(self.leadership.stamp(), level, proposals);
         let (responder, answered) = openraft::impls::ProgressResponder::complete_only();
         if self.raft.client_write_ff(Pack(entry), Some(responder)).await.is_err() {
             self.turned_away(id, false);
@@ -264,7 +269,8 @@ impl Proposals {
                 resend: *resend,
             })
             .collect();
-        let question = Question::Commands(peer::ExchangeCommands { commands });
+        let feature_level = self.levels.in_force();
+        let question = Question::Commands(peer::ExchangeCommands { commands, feature_level });
         let this = self.clone();
         let answered = move |answer: Result<Answer, Lost>| match answer {
             Ok(Answer::Replies(replies)) => {
@@ -276,6 +282,10 @@ impl Proposals {
                 }
             }
             Ok(Answer::NotLeader(_) | Answer::Overloaded(_)) => this.turned_away(id, false),
+            Ok(Answer::LevelTooHigh(peer::LevelTooHigh { in_force })) => {
+                tracing::info!(node, in_force, "the leader has yet to apply a raise of the level");
+                this.turned_away(id, false);
+            }
             Err(Lost::Unsent) => this.turned_away(id, false),
             Ok(_) | Err(Lost::Unanswered) => this.turned_away(id, true),
         };
@@ -336,17 +346,25 @@ impl Proposals {
     }
 
     /// Proposes commands that another node has forwarded, as one entry.
-    pub(crate) async fn lead_for(&self, proposals: Vec<Proposal>) -> Answer {
+    ///
+    /// They take this feature level at most. A leader that has yet to apply the raise to it refuses
+    /// them, and is sent them again.
+    pub(crate) async fn lead_for(&self, proposals: Vec<Proposal>, feature_level: u32) -> Answer {
         let bytes: usize =
             proposals.iter().map(|proposal| proposal.command.len() + PROPOSAL_OVERHEAD_BYTES).sum();
         if self.leadership.route() != Route::Local {
             return Answer::NotLeader(peer::NotLeader {});
         }
+        if !self.levels.covers(feature_level) {
+            let in_force = self.levels.in_force();
+            return Answer::LevelTooHigh(peer::LevelTooHigh { in_force });
+        }
         if bytes > 2 * ENTRY_BYTES_MAX {
             return Answer::Overloaded(peer::Overloaded {});
         }
         self.slow_down().await;
-        let entry = state::encode_entry(self.leadership.stamp(), &proposals);
+        let level = self.levels.in_force();
+        let entry = state::encode_entry(self.leadership.stamp(), level, &proposals);
         let (responder, answered) = openraft::impls::ProgressResponder::complete_only();
         if self.raft.client_write_ff(Pack(entry), Some(responder)).await.is_err() {
             return Answer::NotLeader(peer::NotLeader {});

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::convert::{Boundary, boundary_decode, record_in};
-use super::machine::{load_snapshot, load_snapshot_header};
-use crate::state::{Restore, State};
+use super::machine::{load_snapshot, load_snapshot_header, unsupported};
+use crate::state::{CodecError, Restore, State};
 use crate::storage::checkpoint::{
     self, CheckpointError, CheckpointOptions, CheckpointStore, OpenError,
 };
@@ -87,7 +87,8 @@ pub(crate) fn recover(
         None => (checkpoint, None),
         Some(file) => match load_snapshot(&file) {
             Ok(state) => (Some(state), Some(file)),
-            // As with the checkpoint: what is there may be as it should be.
+            // As with the checkpoint: what is there may be as it should be, or a later build can
+            // read it.
             Err(error) if error.kind() != std::io::ErrorKind::InvalidData => {
                 return Err(because(error));
             }
@@ -182,7 +183,13 @@ fn try_open(path: &Path) -> Result<OpenedCheckpoint, OpenError> {
     let (store, root) = CheckpointStore::open(path, CheckpointOptions::default())?;
     let Some(root) = root else { return Ok((store, None)) };
     let boundary = boundary_decode(&root.header).map_err(unusable)?;
-    let mut restore = Restore::new(&boundary.state).map_err(unusable)?;
+    let mut restore = Restore::new(&boundary.state).map_err(|error| match error {
+        // A later build can open it.
+        CodecError::FeatureLevel { .. } => {
+            OpenError::Outside { reason: unsupported(path, &error).to_string() }
+        }
+        error => unusable(error),
+    })?;
     let insert = &mut |key: &[u8], value: &[u8]| {
         restore.insert(key, value).map_err(|error| CheckpointError::Record(error.to_string()))
     };

@@ -6,15 +6,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use openraft::async_runtime::watch::WatchReceiver as _;
-use openraft::{Config, SnapshotPolicy};
+use openraft::{Config, Instant as _, SnapshotPolicy};
 
 use super::barrier::{BarrierParts, Barriers};
 use super::checkpointer::{CheckpointPolicy, Checkpointer, CheckpointerParts};
 use super::clock::ClusterClock;
 use super::convert::{log_id_in, record_in};
 use super::exchange::Exchanges;
+use super::freshness::Freshness;
 use super::halt::Halt;
-use super::leadership::Leadership;
+use super::leadership::{Leadership, Route};
+use super::level;
 use super::log::{Durable, LogStore};
 use super::machine::{Core, StateMachine};
 use super::network::{Identity, NetworkFactory, Peers};
@@ -68,6 +70,8 @@ pub(crate) struct Replica {
     pub(crate) raft: Raft,
     pub(crate) core: Arc<Core>,
     pub(crate) clock: Arc<ClusterClock>,
+    pub(crate) freshness: Arc<Freshness>,
+    pub(crate) leadership: Arc<Leadership>,
     pub(crate) proposals: Arc<Proposals>,
     pub(crate) barriers: Arc<Barriers>,
     pub(crate) sweeper: Arc<Sweeper>,
@@ -155,12 +159,23 @@ impl Replica {
             }),
         })
         .map_err(RecoveryError::new)?;
-        let election_timeout = parts.timeouts.election_timeout;
-        let peers = Peers::new(parts.identity, clock.clone(), election_timeout, wal.clone());
+        let freshness = Arc::new(Freshness::default());
+        let peers = Peers::new(
+            parts.identity,
+            clock.clone(),
+            core.levels().clone(),
+            freshness.clone(),
+            parts.timeouts.election_timeout,
+            wal.clone(),
+        );
         let machine = StateMachine::new(core.clone(), clock.clone(), checkpointer.clone());
         let network = NetworkFactory { peers: peers.clone() };
         let starting = Raft::new(parts.identity.node_id, config, network, log.clone(), machine);
         let raft = supervisor.supervise_raft(starting).await.map_err(RecoveryError::new)?;
+        let metrics = raft.data_metrics();
+        freshness.watch_quorum(Box::new(move || {
+            metrics.borrow_watched().last_quorum_acked.as_deref().map(|acked| acked.elapsed())
+        }));
         let leadership = Leadership::new(raft.clone(), clock.clone(), peers.membership.clone());
         let exchanges = Exchanges::new(peers.clone());
         let sweeper = Arc::new(Sweeper::default());
@@ -174,6 +189,7 @@ impl Replica {
         let proposals = Proposals::new(
             raft.clone(),
             leadership.clone(),
+            core.levels().clone(),
             exchanges.clone(),
             clock.clone(),
             sweeper.clone(),
@@ -191,11 +207,14 @@ impl Replica {
             announced: peers.announced.clone(),
         });
         supervisor.spawn("leadership", leadership.clone().run());
+        let levelling = level::run(core.levels().clone(), leadership.clone(), raft.clone());
+        supervisor.spawn("feature level", levelling);
         let keeping = timekeeper::run(time_note, machine_clock, clock.clone(), leadership.clone());
         supervisor.spawn("timekeeper", keeping);
         supervisor.spawn("proposals", proposals.clone().run());
         supervisor.spawn("barriers", barriers.clone().run());
-        let ticking = ticker::run(core.clone(), clock.clone(), leadership, proposals.clone());
+        let ticking =
+            ticker::run(core.clone(), clock.clone(), leadership.clone(), proposals.clone());
         supervisor.spawn("ticker", ticking);
         {
             let (proposals, barriers, clock) = (proposals.clone(), barriers.clone(), clock.clone());
@@ -227,6 +246,8 @@ impl Replica {
             raft,
             core,
             clock,
+            freshness,
+            leadership,
             proposals,
             barriers,
             sweeper,
@@ -237,6 +258,16 @@ impl Replica {
             durable,
             founders: parts.founders,
         }))
+    }
+
+    /// How old what this node has applied can be; `None` while it cannot tell.
+    pub(crate) fn staleness(&self) -> Option<Duration> {
+        let view = self.leadership.view();
+        if view.route == Route::Local && view.peers.is_empty() {
+            return Some(Duration::ZERO);
+        }
+        let as_of = self.freshness.as_of(self.core.next_index())?;
+        Some(self.clock.monotonic().saturating_sub(as_of))
     }
 
     /// Whether Raft has never written anything here.
@@ -273,7 +304,8 @@ impl Replica {
     }
 
     /// Refuses messages from another cluster, to another life of this node, from another life of a
-    /// member, or from a node that is no member.
+    /// member, from a node that is no member, or from a build that does not know the feature level
+    /// in force.
     pub(crate) fn check_header(&self, header: &peer::Header) -> Result<(), String> {
         let cluster_id =
             u128::from(header.cluster_id_high) << 64 | u128::from(header.cluster_id_low);
@@ -291,19 +323,26 @@ impl Replica {
             ));
         }
         match self.members().get(&header.from_node) {
-            Some(member) if member.incarnation != header.from_incarnation => Err(format!(
-                "node {} is a member in its life {:016x}; {:016x} is not that one",
-                header.from_node, member.incarnation, header.from_incarnation
-            )),
-            Some(_) => Ok(()),
+            Some(member) if member.incarnation != header.from_incarnation => {
+                return Err(format!(
+                    "node {} is a member in its life {:016x}; {:016x} is not that one",
+                    header.from_node, member.incarnation, header.from_incarnation
+                ));
+            }
+            Some(_) => {}
             // One that has been added may be known to the sender before it is known here.
-            None if self.core.membership() < header.membership.map(log_id_in) => Ok(()),
-            None => Err(format!(
-                "node {} is no member of this cluster, and its membership is no newer than that \
-                 of node {}",
-                header.from_node, own.node_id
-            )),
+            None if self.core.membership() < header.membership.map(log_id_in) => {}
+            None => {
+                return Err(format!(
+                    "node {} is no member of this cluster, and its membership is no newer than \
+                     that of node {}",
+                    header.from_node, own.node_id
+                ));
+            }
         }
+        let levels = self.core.levels();
+        levels.hear(header.from_node, header.from_incarnation, header.feature_level);
+        levels.admit(header.from_node, header.feature_level)
     }
 
     /// Drains and stops, once its tasks have ended: a last checkpoint, the log closed.
@@ -342,7 +381,8 @@ fn highest_stamp(
         let Some(record) = records.into_iter().next() else { break };
         let entry = record_in(index, record).map_err(RecoveryError::new)?;
         if let EntryPayload::Normal(pack) = entry.payload {
-            let entry = state::decode_entry(pack.0).map_err(RecoveryError::new)?;
+            let entry = state::decode_entry(pack.0)
+                .map_err(|error| RecoveryError::new(format_args!("entry {index}: {error}")))?;
             highest = highest.max(entry.stamp);
             break;
         }

@@ -5,8 +5,9 @@ use std::time::Duration;
 use openraft::async_runtime::watch::WatchReceiver as _;
 use openraft::{Instant as _, ServerState};
 
+use super::leadership::Route;
 use super::node::Node;
-use crate::state::{Stamp, State};
+use crate::state::{FEATURE_LEVEL, Stamp, State};
 
 /// Election timeouts without a word of its majority, after which a leader may have a successor, or
 /// without a word of the leader, after which a follower may have none.
@@ -83,6 +84,13 @@ pub struct NodeStatus {
     pub fsync_p99: Duration,
     /// Who else is there.
     pub members: Vec<MemberStatus>,
+    /// The feature level in force, as far as this node has applied the log; 0 while it belongs to
+    /// no cluster.
+    pub feature_level: u32,
+    /// What its build knows.
+    pub supported_feature_level: u32,
+    /// On the leader, why the level in force is not raised to what its build knows.
+    pub feature_level_obstacle: Option<String>,
     /// Why it takes no part, if it does not.
     pub halted_reason: Option<String>,
     /// What an operator should look into; each a sentence.
@@ -185,6 +193,9 @@ impl Node {
             checkpoint_age: None,
             fsync_p99: Duration::ZERO,
             members: self.members(),
+            feature_level: 0,
+            supported_feature_level: FEATURE_LEVEL,
+            feature_level_obstacle: None,
             halted_reason: self.halt.reason(),
             warnings: Vec::new(),
         };
@@ -209,6 +220,13 @@ impl Node {
             replica.core.read(|state: &State| {
                 (state.revision().0, state.digest().to_string(), state.sessions())
             });
+        let levels = replica.core.levels();
+        status.feature_level = levels.in_force();
+        let view = replica.leadership.view();
+        if view.route == Route::Local {
+            let obstacle = levels.next(&view.peers).err();
+            status.feature_level_obstacle = obstacle.map(|obstacle| obstacle.to_string());
+        }
         status.cluster_time = replica.clock.is_synced().then(|| replica.clock.now());
         let checkpoint = replica.checkpointer.status();
         let checkpointed = checkpoint.index.unwrap_or(0);

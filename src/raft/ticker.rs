@@ -10,7 +10,7 @@ use super::lanes::Lane;
 use super::leadership::{Leadership, Route};
 use super::machine::Core;
 use super::proposals::Proposals;
-use crate::state::{Command, encode_command};
+use crate::state::{Command, FEATURE_LEVEL_BASE, encode_command};
 
 /// How often a leader looks for a deadline that has moved closer, or work that a command has left
 /// over. Who waits for a lock for a tenth of a second is told that he waited in vain this much
@@ -60,7 +60,7 @@ pub(crate) async fn run(
 pub(crate) async fn tick(clock: &ClusterClock, proposals: &Proposals) -> bool {
     let (done, answered) = oneshot::channel();
     proposals.propose(
-        encode_command(&Command::Tick),
+        encode_command(&Command::Tick, FEATURE_LEVEL_BASE),
         false,
         clock.monotonic() + TICK_TIMEOUT,
         Lane::Tick,

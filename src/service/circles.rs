@@ -3,24 +3,26 @@
 //!
 //! A circle of a thousand members takes a tenth of a second, so it is built on a thread of its own,
 //! once for all who wait for it, and kept until the ring has changed and somebody asks again. What
-//! is kept is bounded by the members in all circles together; the one that was not used for the
-//! longest time goes first. The state knows nothing of all this: the ring's revision says whether a
-//! circle is still the ring's.
+//! is kept is bounded by the bytes of all circles together; the one that was not used for the
+//! longest time goes first. Circles are built one after the other, so that more rings than are kept
+//! take one processor from the node and not all of them. The state knows nothing of all this: the
+//! ring's revision says whether a circle is still the ring's.
 //!
 //! Invariants:
-//! - A ring has at most one build under way, and somebody waits only while it has one.
+//! - At most one circle is being built, and a ring is in line for at most one more. Somebody waits
+//!   only for a ring that is.
 //! - A circle is as good as any that was asked for before it: rings do not go back.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::error::{Error, ErrorKind};
 use crate::placement::Circle;
 use crate::state::{Revision, RingKey, RingView};
 
-/// Most members in all circles that are kept: 80 MiB of points.
-const MEMBERS_KEPT_MAX: usize = 4_096;
+/// Most bytes of all circles that are kept: those of twelve rings of a thousand members.
+const BYTES_KEPT_MAX: usize = 256 * 1024 * 1024;
 
 /// A ring as it was read, and its circle.
 #[derive(Debug)]
@@ -61,23 +63,34 @@ fn age(view: &RingView) -> Age {
 type Waiter = Box<dyn FnOnce(Result<Arc<Placed>, Error>) + Send>;
 
 /// The circles of one node.
-#[derive(Default)]
 pub(super) struct Circles {
+    bytes_max: usize,
     kept: Mutex<Kept>,
 }
 
 #[derive(Default)]
 struct Kept {
     places: BTreeMap<RingKey, Place>,
-    /// Members of all that are ready.
-    members: usize,
+    /// Bytes of all that are ready.
+    bytes: usize,
     uses: u64,
+    /// Whether a circle is being built.
+    building: bool,
+    /// Rings that are to be built after that.
+    line: VecDeque<RingKey>,
+}
+
+impl Default for Circles {
+    fn default() -> Self {
+        Self { bytes_max: BYTES_KEPT_MAX, kept: Mutex::default() }
+    }
 }
 
 #[derive(Default)]
 struct Place {
     ready: Option<Arc<Placed>>,
-    building: bool,
+    /// Whether it is being built, or in line for it.
+    pending: bool,
     waiting: Vec<(Arc<RingView>, Waiter)>,
     used: u64,
 }
@@ -115,11 +128,25 @@ impl Circles {
             drop(kept);
             return done(Ok(ready));
         }
-        place.waiting.push((view.clone(), done));
-        let is_first = !std::mem::replace(&mut place.building, true);
-        drop(kept);
-        if is_first {
-            self.build(key, view);
+        place.waiting.push((view, done));
+        if !std::mem::replace(&mut place.pending, true) {
+            kept.line.push_back(key);
+        }
+        self.build_next(&mut kept);
+    }
+
+    /// Builds what is first in line, unless something is being built.
+    fn build_next(self: &Arc<Self>, kept: &mut Kept) {
+        if kept.building {
+            return;
+        }
+        while let Some(key) = kept.line.pop_front() {
+            let waiting = kept.places.get(&key).into_iter().flat_map(|place| &place.waiting);
+            let newest = waiting.map(|(view, _)| view).max_by_key(|view| age(view)).cloned();
+            if let Some(view) = newest {
+                kept.building = true;
+                return self.build(key, view);
+            }
         }
     }
 
@@ -136,19 +163,21 @@ impl Circles {
         let place = kept.places.entry(key.clone()).or_default();
         let (served, waiting): (Vec<_>, Vec<_>) =
             place.waiting.drain(..).partition(|(view, _)| age(view) <= built);
-        let next = waiting.iter().map(|(view, _)| view).max_by_key(|view| age(view)).cloned();
+        place.pending = !waiting.is_empty();
         place.waiting = waiting;
-        place.building = next.is_some();
+        let again = place.pending;
         if let Ok(placed) = &placed {
             let before = place.ready.replace(placed.clone());
-            let gone = before.map_or(0, |before| before.view.members.len());
-            kept.members = kept.members + placed.view.members.len() - gone;
+            let gone = before.map_or(0, |before| before.circle.size_bytes());
+            kept.bytes = kept.bytes + placed.circle.size_bytes() - gone;
         }
-        kept.make_room(&key);
+        kept.make_room(&key, self.bytes_max);
+        if again {
+            kept.line.push_back(key);
+        }
+        kept.building = false;
+        self.build_next(&mut kept);
         drop(kept);
-        if let Some(next) = next {
-            self.build(key, next);
-        }
         for (_, done) in served {
             done(placed.clone());
         }
@@ -157,18 +186,18 @@ impl Circles {
 
 impl Kept {
     /// Drops what was not used for the longest time, but not that of `latest`.
-    fn make_room(&mut self, latest: &RingKey) {
-        while self.members > MEMBERS_KEPT_MAX {
+    fn make_room(&mut self, latest: &RingKey, bytes_max: usize) {
+        while self.bytes > bytes_max {
             let others = self
                 .places
                 .iter()
-                .filter(|(key, place)| *key != latest && place.ready.is_some() && !place.building);
+                .filter(|(key, place)| *key != latest && place.ready.is_some() && !place.pending);
             let Some(key) = others.min_by_key(|(_, place)| place.used).map(|(key, _)| key.clone())
             else {
                 return;
             };
             let ready = self.places.remove(&key).and_then(|place| place.ready);
-            self.members -= ready.map_or(0, |ready| ready.view.members.len());
+            self.bytes -= ready.map_or(0, |ready| ready.circle.size_bytes());
         }
     }
 }
@@ -240,7 +269,7 @@ mod tests {
         assert!(circles.at(&key("ring"), revision).is_none());
         let second = wait(&circles, &state, "ring");
         assert!(second.shares()[0] > 0.8, "{:?}", second.shares());
-        assert_eq!(circles.lock().members, 2);
+        assert_eq!(circles.lock().bytes, second.circle.size_bytes());
     }
 
     /// Without a change of its revision: the member is hidden before it is swept.
@@ -266,20 +295,54 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_kept_is_bounded() {
-        let (mut state, circles) = (State::new(), Arc::new(Circles::default()));
-        let names: Vec<String> = (0..7).map(|number| format!("ring-{number}")).collect();
+        let mut state = State::new();
+        let names: Vec<String> = (0..5).map(|number| format!("ring-{number}")).collect();
         for (name, number) in names.iter().zip(1..) {
             grant(&mut state, LeaseId([number; 16]));
-            fill(&mut state, name, LeaseId([number; 16]), 1_000);
+            fill(&mut state, name, LeaseId([number; 16]), 10);
         }
+        let one = 10 * 10 * crate::placement::POINTS_PER_MEMBER as usize;
+        let circles = Arc::new(Circles { bytes_max: 5 * one - 1, kept: Mutex::default() });
         for name in &names[..4] {
             wait(&circles, &state, name);
         }
         wait(&circles, &state, &names[0]);
         wait(&circles, &state, &names[4]);
         let kept = circles.lock();
-        assert_eq!(kept.members, 4_000);
+        assert_eq!(kept.bytes, 4 * one);
         let found: Vec<_> = kept.places.keys().map(|key| key.name.to_string()).collect();
         assert_eq!(found, ["ring-0", "ring-2", "ring-3", "ring-4"]);
+        // Ten rings of the largest size are, by default.
+        let largest = one * crate::limits::RING_MEMBERS_MAX / 10;
+        assert!(10 * largest < Circles::default().bytes_max);
+    }
+
+    /// Whoever comes while one is built joins it or gets in line, and each is built once.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn one_circle_is_built_at_a_time() {
+        let (mut state, circles) = (State::new(), Arc::new(Circles::default()));
+        let names = ["one", "two", "three"];
+        for (name, number) in names.iter().zip(1..) {
+            grant(&mut state, LeaseId([number; 16]));
+            fill(&mut state, name, LeaseId([number; 16]), 10);
+        }
+        let (send, receive) = mpsc::channel();
+        for name in names.repeat(8) {
+            let (send, view) = (send.clone(), state.ring(&key(name)).unwrap());
+            circles.of(key(name), view, Box::new(move |it| send.send((name, it)).unwrap()));
+            let kept = circles.lock();
+            let pending = kept.places.values().filter(|place| place.pending).count();
+            assert_eq!(kept.line.len() + usize::from(kept.building), pending);
+        }
+        let mut found = BTreeMap::new();
+        for _ in 0..3 * 8 {
+            let (name, placed) = receive.recv_timeout(Duration::from_secs(60)).unwrap();
+            let placed = placed.unwrap();
+            let first = found.entry(name).or_insert_with(|| placed.clone());
+            assert!(Arc::ptr_eq(first, &placed), "{name} was built twice");
+        }
+        let kept = circles.lock();
+        assert!(!kept.building && kept.line.is_empty());
+        assert!(kept.places.values().all(|place| !place.pending && place.waiting.is_empty()));
     }
 }

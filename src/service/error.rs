@@ -117,6 +117,32 @@ impl Error {
         )
     }
 
+    /// A local read was to be fresher than the node can promise.
+    fn too_stale(found: Option<Duration>) -> Self {
+        let found = match found {
+            Some(found) => format!("may be {found:.0?} old"),
+            None => "may be of any age".to_owned(),
+        };
+        Self::new(
+            ErrorKind::Unavailable,
+            "TOO_STALE",
+            format!(
+                "what this node has {found}, by what it heard from a leader that has its majority; \
+                 ask another node, allow more max_staleness, or read linearizably"
+            ),
+        )
+    }
+
+    /// The caller dates its requests by a clock that is ahead of the cluster's.
+    pub fn clock_ahead() -> Self {
+        Self::invalid(
+            "context.first_sent_time",
+            "CLOCK_AHEAD",
+            "context.first_sent_time is more than 5 s ahead of cluster time; learn the time anew \
+             from Describe",
+        )
+    }
+
     /// A claim that waited is over, for this reason where that is known.
     pub fn acquire_ended(cause: Option<Cause>) -> Self {
         let (reason, message) = match cause {
@@ -250,8 +276,10 @@ impl Error {
             Rejection::RequestLifetimeTooLong => Self::invalid(
                 "context.expire_time",
                 "REQUEST_LIFETIME_TOO_LONG",
-                "context.expire_time is more than 60 s of cluster time from now",
+                "context.expire_time is more than 60 s after context.first_sent_time, or ahead of \
+                 cluster time by as much; learn the time anew from Describe",
             ),
+            Rejection::ClockAhead => Self::clock_ahead(),
             Rejection::OutcomeUnknown => Self::new(
                 ErrorKind::Aborted,
                 "OUTCOME_UNKNOWN",
@@ -366,6 +394,7 @@ impl From<ReadError> for Error {
             ReadError::NotInitialized => Self::not_initialized(),
             ReadError::Overloaded => Self::overloaded(),
             ReadError::NoLeader => Self::no_leader(""),
+            ReadError::TooStale(found) => Self::too_stale(found),
             ReadError::Halted(reason) => Self::halted(&reason),
         }
     }

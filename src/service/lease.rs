@@ -54,7 +54,7 @@ pub struct GrantedLease {
 /// Leases to be renewed.
 #[derive(Clone, Debug, Default)]
 pub struct Renewals {
-    /// Identity of the request, which is not remembered; past its end nothing is proposed.
+    /// Identity of the request, which is not remembered; past its end nothing is renewed.
     pub context: RequestContext,
     /// Empty for `default`.
     pub namespace: String,
@@ -207,12 +207,13 @@ impl Leases {
         done: impl FnOnce(Result<Renewed, Error>) + Send + 'static,
     ) {
         let (request_id, resend) = (renewals.context.request_id, renewals.context.resend);
-        let (namespace, ids) = match self.valid_renewals(call, renewals) {
+        let (namespace, ids, expires) = match self.valid_renewals(call, renewals) {
             Ok(valid) => valid,
             Err(error) => return done(Err(error)),
         };
         let (node, pace) = (self.node.clone(), self.pace.clone());
-        let command = Command::RenewLeases { namespace, ids: ids.clone() };
+        let expires = Some(expires);
+        let command = Command::RenewLeases { namespace, ids: ids.clone(), expires };
         self.node.write(&command, resend, call.deadline.0, move |result| {
             done(result.map_err(Error::from).and_then(|reply| match reply.outcome {
                 Outcome::LeasesRenewed(deadlines) if deadlines.len() == ids.len() => {
@@ -231,9 +232,10 @@ impl Leases {
         &self,
         call: &Call<'_>,
         renewals: Renewals,
-    ) -> Result<(Namespace, Vec<LeaseId>), Error> {
+    ) -> Result<(Namespace, Vec<LeaseId>, Timestamp), Error> {
         let request = self.request_ids.complete(&self.node, call, &renewals.context)?;
-        // A straggler must not lengthen what its owner believes to have ended.
+        // A straggler must not lengthen what its owner believes to have ended. Below the feature
+        // level that has an expiry of renewals in the log, this is all that keeps it from that.
         if self.node.cluster_time().is_some_and(|now| now.time > request.expires) {
             return Err(Error::rejected(Rejection::RequestExpired));
         }
@@ -247,7 +249,7 @@ impl Leases {
             return Err(Error::invalid("lease_ids", "INVALID_LEASE_ID", message));
         }
         let ids = renewals.ids.iter().map(|id| lease_id("lease_ids", id));
-        Ok((namespace, ids.collect::<Result<_, _>>()?))
+        Ok((namespace, ids.collect::<Result<_, _>>()?, request.expires))
     }
 
     /// Ends a lease, and what hangs from it.

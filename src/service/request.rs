@@ -8,7 +8,9 @@ use std::time::Duration;
 use super::admission::Share;
 use super::caller::Caller;
 use super::error::Error;
-use crate::limits::{LOCK_WAIT_MAX, REQUEST_LIFETIME_MAX, REQUEST_TIMEOUT_DEFAULT};
+use crate::limits::{
+    LOCK_WAIT_MAX, REQUEST_LIFETIME_MAX, REQUEST_SKEW_MAX, REQUEST_TIMEOUT_DEFAULT,
+};
 use crate::raft::{Node, ReadError};
 use crate::state::{Request, State, Timestamp, millis};
 
@@ -70,10 +72,12 @@ pub enum Consistency {
     /// Reflects everything acknowledged before it began.
     #[default]
     Linearizable,
-    /// What this node has applied, at least up to a revision.
+    /// What this node has applied, at least up to a revision, and at most so old.
     Local {
         /// Wait for this one; 0 for none.
         min_revision: u64,
+        /// Refuse what can be older; `None` for whatever age.
+        max_staleness: Option<Duration>,
     },
 }
 
@@ -115,7 +119,7 @@ pub(super) fn read<T: 'static>(
         Ok(Err(look)) => look.share.clone().park(deadline, move |admitted| match admitted {
             Ok(()) => {
                 let take = move |state: &State| look.take(state);
-                again.read_local(0, deadline, take, |found| {
+                again.read_local(0, None, deadline, take, |found| {
                     done(found.map_err(Error::from).flatten());
                 });
             }
@@ -125,8 +129,8 @@ pub(super) fn read<T: 'static>(
     };
     match consistency {
         Consistency::Linearizable => node.read(deadline, attempt, done),
-        Consistency::Local { min_revision } => {
-            node.read_local(min_revision, deadline, attempt, done);
+        Consistency::Local { min_revision, max_staleness } => {
+            node.read_local(min_revision, max_staleness, deadline, attempt, done);
         }
     }
 }
@@ -182,6 +186,9 @@ impl RequestIds {
         }
         let now = node.cluster_time().ok_or_else(|| Error::from(node.unavailable()))?.time;
         let first_sent = context.first_sent.unwrap_or(now);
+        if first_sent > now.plus(REQUEST_SKEW_MAX) {
+            return Err(Error::clock_ahead());
+        }
         let remaining = call.deadline.0.saturating_sub(node.monotonic());
         let expires = context.expires.unwrap_or_else(|| now.plus(remaining));
         if expires.0 > first_sent.0.saturating_add(millis(REQUEST_LIFETIME_MAX)) {

@@ -196,7 +196,7 @@ impl State {
         key: &SessionKey,
         changes: &mut Vec<Change>,
     ) -> Result<(), Rejection> {
-        request.check(self.clock.time)?;
+        self.check_request(request)?;
         self.expire_if_due(key, changes);
         Ok(())
     }

@@ -9,6 +9,7 @@ use super::command::{Cause, Change, Command, Namespace, Outcome, Rejection, Repl
 use super::lease::{Lease, LeaseEnd, LeaseFacts, LeaseId, LeaseKey, packed_ttl};
 use super::retry::Requests;
 use super::settle::Step;
+use super::time::Timestamp;
 use super::void::Voids;
 use crate::limits::{LEASE_RENEWALS_MAX, LEASE_TTL_MAX, LEASE_TTL_MIN, LEASES_MAX, NAME_BYTES_MAX};
 
@@ -25,7 +26,9 @@ impl State {
             Command::GrantLease { request, key, owner, ttl } => {
                 self.grant_lease(request, key, owner, *ttl, &mut step)
             }
-            Command::RenewLeases { namespace, ids } => self.renew_leases(namespace, ids, &mut step),
+            Command::RenewLeases { namespace, ids, expires } => {
+                self.renew_leases(namespace, ids, *expires, &mut step)
+            }
             Command::RevokeLease { request, key } => {
                 self.revoke_lease(request, key, resend, &mut step)
             }
@@ -33,7 +36,7 @@ impl State {
             Command::ReleaseLock { .. } => self.release_lock(command, resend, &mut step),
             Command::CancelAcquire { .. } => self.cancel_acquire(command, &mut step),
             Command::BreakLock { request, lock, token, delay } => {
-                self.break_lock(request, lock, *token, *delay, &mut step)
+                self.break_lock(request, lock, *token, *delay, resend, &mut step)
             }
             Command::JoinRing { .. } => self.join_ring(command, resend, &mut step),
             Command::LeaveRing { .. } => self.leave_ring(command, resend, &mut step),
@@ -41,7 +44,8 @@ impl State {
             | Command::UpdateSession { .. }
             | Command::TouchSession { .. }
             | Command::DeleteSession { .. }
-            | Command::Tick => unreachable!("dispatched by its kind"),
+            | Command::Tick
+            | Command::RaiseFeatureLevel { .. } => unreachable!("dispatched by its kind"),
         };
         self.sweep_ended(&mut step);
         answer
@@ -60,7 +64,7 @@ impl State {
         let ttl = packed_ttl(ttl, LEASE_TTL_MIN..=LEASE_TTL_MAX);
         let ttl = ttl.filter(|_| owner.len() <= NAME_BYTES_MAX);
         let ttl = ttl.ok_or(Rejection::MalformedCommand)?;
-        request.check(self.clock.time)?;
+        self.check_request(request)?;
         if let Some(lease) = self.meet_lease(key, step) {
             if !lease.is_granted_by(request) {
                 return Err(Rejection::LeaseExists);
@@ -109,10 +113,14 @@ impl State {
         &mut self,
         namespace: &Namespace,
         ids: &[LeaseId],
+        expires: Option<Timestamp>,
         step: &mut Step<'_>,
     ) -> Answer {
         if ids.len() > LEASE_RENEWALS_MAX {
             return Err(Rejection::MalformedCommand);
+        }
+        if expires.is_some_and(|expires| self.clock.time > expires) {
+            return Err(Rejection::RequestExpired);
         }
         let key = |id: &LeaseId| LeaseKey { namespace: namespace.clone(), id: *id };
         let alive: Vec<Option<Arc<Lease>>> =
@@ -147,7 +155,7 @@ impl State {
         resend: bool,
         step: &mut Step<'_>,
     ) -> Answer {
-        request.check(self.clock.time)?;
+        self.check_request(request)?;
         if let Some(lease) = self.meet_lease(key, step) {
             self.raise_anew(step);
             let mut requests = lease.requests();

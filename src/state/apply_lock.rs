@@ -42,7 +42,7 @@ impl State {
             return Ok(reply);
         }
         let alive = alive.ok_or(Rejection::LeaseNotFound)?;
-        match request.check(self.clock.time) {
+        match self.check_request(request) {
             // Its claim is not there, and no sending of it can make one any more.
             Err(Rejection::RequestExpired) if resend => return Err(Rejection::AcquireEnded),
             checked => checked?,
@@ -151,7 +151,7 @@ impl State {
         let Command::ReleaseLock { request, lock, lease, token } = command else {
             unreachable!("dispatched by its kind");
         };
-        request.check(self.clock.time)?;
+        self.check_request(request)?;
         let lock = &self.records.shared_lock_key(lock);
         if let Some((key, claim)) = self.meet_token(lock, *token, step)
             && claim.token().is_some()
@@ -170,15 +170,22 @@ impl State {
             if let Some(revision) = self.judge_by_lease(&key, request, resend)? {
                 return Ok(Reply { revision, outcome: Outcome::Done });
             }
+            return Err(Rejection::LockNotHeld);
         }
-        Err(Rejection::LockNotHeld)
+        Err(self.token_not_held(*token, resend))
+    }
+
+    /// The answer to a command on a token that holds nothing, which no lease remembers. A token that
+    /// was never given out was never taken away either.
+    fn token_not_held(&self, token: Revision, resend: bool) -> Rejection {
+        self.not_found_by(resend && token <= self.revision, Rejection::LockNotHeld)
     }
 
     pub(super) fn cancel_acquire(&mut self, command: &Command, step: &mut Step<'_>) -> Answer {
         let Command::CancelAcquire { request, lock, lease, acquire } = command else {
             unreachable!("dispatched by its kind");
         };
-        request.check(self.clock.time)?;
+        self.check_request(request)?;
         let lock = &self.records.shared_lock_key(lock);
         let lease_key = LeaseKey { namespace: lock.namespace.clone(), id: *lease };
         self.meet_lease(&lease_key, step);
@@ -212,11 +219,14 @@ impl State {
         lock: &LockKey,
         token: Revision,
         delay: bool,
+        resend: bool,
         step: &mut Step<'_>,
     ) -> Answer {
-        request.check(self.clock.time)?;
+        self.check_request(request)?;
         let lock = &self.records.shared_lock_key(lock);
-        let (key, claim) = self.meet_token(lock, token, step).ok_or(Rejection::LockNotHeld)?;
+        let Some((key, claim)) = self.meet_token(lock, token, step) else {
+            return Err(self.token_not_held(token, resend));
+        };
         let is_held = claim.token().is_some();
         if !is_held && delay {
             return Ok(Reply { revision: self.revision, outcome: Outcome::Done });

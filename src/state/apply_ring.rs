@@ -26,7 +26,7 @@ impl State {
         if !key.is_valid() || !data.is_valid() {
             return Err(Rejection::MalformedCommand);
         }
-        request.check(self.clock.time)?;
+        self.check_request(request)?;
         let key = &self.records.shared_member_key(key);
         let lease_key = LeaseKey { namespace: key.ring.namespace.clone(), id: *lease };
         // What a request of a lease that has ended may have done has ended with it.
@@ -112,14 +112,14 @@ impl State {
         let Command::LeaveRing { request, member: key, lease } = command else {
             unreachable!("dispatched by its kind");
         };
-        request.check(self.clock.time)?;
+        self.check_request(request)?;
         let key = &self.records.shared_member_key(key);
         let lease_key = |id| LeaseKey { namespace: key.ring.namespace.clone(), id };
         self.end_met_member(key, step);
         let member = self.records.member(key).cloned();
         let member = member.filter(|member| lease.is_none_or(|lease| lease == member.lease()));
         let Some(on) = member.as_ref().map(|member| member.lease()).or(*lease) else {
-            return Err(Rejection::MemberNotFound);
+            return Err(self.not_found_by(resend, Rejection::MemberNotFound));
         };
         let on = lease_key(on);
         self.meet_lease(&on, step);

@@ -14,7 +14,6 @@ use std::sync::Arc;
 use bytes::Bytes;
 use prost::Message as _;
 
-use super::FEATURE_LEVEL;
 use super::attributes::{Attributes, is_well_formed};
 use super::claim::{ClaimKey, LockKey, LockKind};
 use super::codec_coordination as coordination;
@@ -25,6 +24,7 @@ use super::command::{
 };
 use super::digest::{CLAIM, LEASE, LEASE_TOMBSTONE, MEMBER, RING, SESSION, TOMBSTONE};
 use super::lease::{LeaseId, LeaseKey};
+use super::level::{FEATURE_LEVEL, FEATURE_LEVEL_BASE};
 use super::packing::Reader;
 use super::restore::StateHeader;
 use super::retry::{Remembered, Requests};
@@ -46,7 +46,10 @@ pub enum CodecError {
     #[error("stored message is malformed: {0}")]
     Malformed(&'static str),
     /// They were written by a build that knew more than this one.
-    #[error("feature level {found} is needed, this build has {known}", known = FEATURE_LEVEL)]
+    #[error(
+        "it takes feature level {found}, and this version knows up to {known}: upgrade this node",
+        known = FEATURE_LEVEL
+    )]
     FeatureLevel {
         /// The level that it takes to understand them.
         found: u32,
@@ -70,7 +73,7 @@ use CodecError::Malformed;
 pub struct Entry {
     /// The leader's time.
     pub stamp: Stamp,
-    /// A node whose own `FEATURE_LEVEL` is lower must halt.
+    /// What it takes to understand the entry; at most `FEATURE_LEVEL`.
     pub feature_level: u32,
     /// In the order in which they are applied.
     pub proposals: Vec<Proposal>,
@@ -85,8 +88,9 @@ pub struct Proposal {
     pub resend: bool,
 }
 
-/// Encodes a log entry, copying each command once.
-pub fn encode_entry(stamp: Stamp, proposals: &[Proposal]) -> Bytes {
+/// Encodes a log entry, copying each command once. `feature_level` is what it takes to understand
+/// the entry: the level in force, or the one that it raises to.
+pub fn encode_entry(stamp: Stamp, feature_level: u32, proposals: &[Proposal]) -> Bytes {
     let each = |proposal: &Proposal| stored::Proposal {
         command: proposal.command.clone(),
         resend: proposal.resend,
@@ -94,18 +98,20 @@ pub fn encode_entry(stamp: Stamp, proposals: &[Proposal]) -> Bytes {
     let entry = stored::Entry {
         time: stamp.time.0,
         steady: stamp.steady.0,
-        feature_level: FEATURE_LEVEL,
+        feature_level,
         proposals: proposals.iter().map(each).collect(),
     };
     entry.encode_to_vec().into()
 }
 
-/// Decodes a log entry; its commands are slices of `bytes`. The feature level is for the caller to
-/// look at.
+/// Decodes a log entry; its commands are slices of `bytes`.
 ///
-/// Errors: the bytes are no entry.
+/// Errors: the bytes are no entry, or one above this build's feature level.
 pub fn decode_entry(bytes: Bytes) -> Result<Entry, CodecError> {
     let entry = stored::Entry::decode(bytes)?;
+    if entry.feature_level > FEATURE_LEVEL {
+        return Err(CodecError::FeatureLevel { found: entry.feature_level });
+    }
     let stamp = Stamp { time: Timestamp(entry.time), steady: Timestamp(entry.steady) };
     let each = |proposal: stored::Proposal| Proposal {
         command: proposal.command,
@@ -115,8 +121,15 @@ pub fn decode_entry(bytes: Bytes) -> Result<Entry, CodecError> {
     Ok(Entry { stamp, feature_level: entry.feature_level, proposals })
 }
 
-/// Encodes a command.
-pub fn encode_command(command: &Command) -> Bytes {
+/// Encodes a command for a cluster at a feature level: without what is above that.
+pub fn encode_command(command: &Command, feature_level: u32) -> Bytes {
+    let command = &*command.fitted_to(feature_level);
+    let mut stored = stored_command(command);
+    stored.feature_level = command.needed_level();
+    stored.encode_to_vec().into()
+}
+
+fn stored_command(command: &Command) -> stored::Command {
     let (request, key, body) = match command {
         Command::CreateSession {
             request,
@@ -175,30 +188,42 @@ pub fn encode_command(command: &Command) -> Bytes {
         | Command::ReleaseLock { .. }
         | Command::CancelAcquire { .. }
         | Command::BreakLock { .. } => {
-            return coordination::stored_command(command).encode_to_vec().into();
+            return coordination::stored_command(command);
         }
         Command::JoinRing { .. } | Command::LeaveRing { .. } => {
-            return ring::stored_command(command).encode_to_vec().into();
+            return ring::stored_command(command);
         }
         Command::Tick => {
             let tick = Some(Body::Tick(stored::Tick {}));
-            return stored::Command { body: tick, ..Default::default() }.encode_to_vec().into();
+            return stored::Command { body: tick, ..Default::default() };
+        }
+        Command::RaiseFeatureLevel { to } => {
+            let raise = Some(Body::RaiseFeatureLevel(stored::RaiseFeatureLevel { to: *to }));
+            return stored::Command { body: raise, ..Default::default() };
         }
     };
     let request = Some(stored_request(request));
     let namespace = key.namespace.0.to_string();
-    stored::Command { request, namespace, body: Some(body) }.encode_to_vec().into()
+    stored::Command { request, namespace, body: Some(body), ..Default::default() }
 }
 
 /// Decodes a command; the values of its attributes are slices of `bytes`.
 ///
-/// Errors: the bytes are no command that this build knows. Such a proposal is answered with
-/// `State::reject_malformed`.
-pub fn decode_command(bytes: Bytes) -> Result<Command, CodecError> {
-    let stored::Command { request, namespace, body } = stored::Command::decode(bytes)?;
+/// Errors: the command is above `feature_level`, the one in force, so other builds may make
+/// something else of it, and the node has to halt; or the bytes are no command for any build, and
+/// the proposal is answered with `State::reject_malformed`.
+pub fn decode_command(bytes: Bytes, feature_level: u32) -> Result<Command, CodecError> {
+    let stored::Command { request, namespace, feature_level: needed, body } =
+        stored::Command::decode(bytes)?;
+    if needed > feature_level {
+        return Err(CodecError::FeatureLevel { found: needed });
+    }
     let body = body.ok_or(Malformed("a command without a body"))?;
     if let Body::Tick(_) = body {
         return Ok(Command::Tick);
+    }
+    if let Body::RaiseFeatureLevel(stored::RaiseFeatureLevel { to }) = body {
+        return Ok(Command::RaiseFeatureLevel { to });
     }
     let namespace = Namespace(Arc::from(namespace));
     if let Body::RenewLeases(body) = body {
@@ -309,6 +334,7 @@ fn stored_rejection(rejection: Rejection) -> stored::Rejection {
         Rejection::TooManyMembers(limit) => (Reason::TooManyMembers, limit),
         Rejection::TooManyMembersOfLease(limit) => (Reason::TooManyMembersOfLease, limit),
         Rejection::MalformedCommand => (Reason::MalformedCommand, 0),
+        Rejection::ClockAhead => (Reason::ClockAhead, 0),
     };
     stored::Rejection { reason: reason.into(), detail }
 }
@@ -346,6 +372,7 @@ fn rejection(stored: stored::Rejection) -> Result<Rejection, CodecError> {
         Reason::TooManyMembers => Rejection::TooManyMembers(detail),
         Reason::TooManyMembersOfLease => Rejection::TooManyMembersOfLease(detail),
         Reason::MalformedCommand => Rejection::MalformedCommand,
+        Reason::ClockAhead => Rejection::ClockAhead,
     })
 }
 
@@ -535,7 +562,8 @@ pub(super) fn decode_header(bytes: &[u8]) -> Result<StateHeader, CodecError> {
         return Err(Malformed("a revision that leaves no room for others"));
     }
     Ok(StateHeader {
-        feature_level: header.feature_level,
+        // What is below the base came before there was anything to raise.
+        feature_level: header.feature_level.max(FEATURE_LEVEL_BASE),
         clock: Stamp { time: Timestamp(header.clock), steady: Timestamp(header.steady) },
         revision: Revision(header.revision),
         sum: header.digest,

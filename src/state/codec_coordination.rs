@@ -28,9 +28,10 @@ pub(super) fn stored_command(command: &Command) -> stored::Command {
             let body = stored::GrantLease { id: stored_id(key.id), owner, ttl: millis(*ttl) };
             (Some(request), &key.namespace, Body::GrantLease(body))
         }
-        Command::RenewLeases { namespace, ids } => {
+        Command::RenewLeases { namespace, ids, expires } => {
             let ids = ids.iter().map(|id| stored_id(*id)).collect();
-            (None, namespace, Body::RenewLeases(stored::RenewLeases { ids }))
+            let expires = expires.map(|expires| expires.0);
+            (None, namespace, Body::RenewLeases(stored::RenewLeases { ids, expires }))
         }
         Command::RevokeLease { request, key } => {
             let body = stored::RevokeLease { id: stored_id(key.id) };
@@ -67,10 +68,12 @@ pub(super) fn stored_command(command: &Command) -> stored::Command {
         | Command::DeleteSession { .. }
         | Command::JoinRing { .. }
         | Command::LeaveRing { .. }
-        | Command::Tick => unreachable!("the codec keeps those to itself"),
+        | Command::Tick
+        | Command::RaiseFeatureLevel { .. } => unreachable!("the codec keeps those to itself"),
     };
     let request = request.map(stored_request);
-    stored::Command { request, namespace: namespace.0.to_string(), body: Some(body) }
+    let namespace = namespace.0.to_string();
+    stored::Command { request, namespace, body: Some(body), ..Default::default() }
 }
 
 /// The one command that has no request.
@@ -79,7 +82,7 @@ pub(super) fn renew_leases(
     body: &stored::RenewLeases,
 ) -> Result<Command, CodecError> {
     let ids = body.ids.iter().map(id).collect::<Result<_, _>>()?;
-    Ok(Command::RenewLeases { namespace, ids })
+    Ok(Command::RenewLeases { namespace, ids, expires: body.expires.map(Timestamp) })
 }
 
 /// Any other command on leases or locks.

@@ -55,6 +55,11 @@ fn fence() -> Option<Fence> {
     Some(Fence { lock: "door".into(), token: Revision(300) })
 }
 
+fn renew(expires: Option<Timestamp>) -> Command {
+    let ids = vec![LEASE, OTHER, LEASE];
+    Command::RenewLeases { namespace: Namespace("web".into()), ids, expires }
+}
+
 fn commands() -> Vec<(&'static str, Command)> {
     let release = |lease| Command::ReleaseLock {
         request: request(17),
@@ -64,13 +69,8 @@ fn commands() -> Vec<(&'static str, Command)> {
     };
     vec![
         ("grant", grant(7, LEASE)),
-        (
-            "renew",
-            Command::RenewLeases {
-                namespace: Namespace("web".into()),
-                ids: vec![LEASE, OTHER, LEASE],
-            },
-        ),
+        ("renew", renew(None)),
+        ("renew, level 3", renew(Some(Timestamp(300)))),
         ("revoke", Command::RevokeLease { request: request(9), key: lease_key(LEASE) }),
         ("acquire exclusive", acquire(10, "door", LEASE, LockMode::Exclusive)),
         ("acquire shared", acquire(11, "door", LEASE, LockMode::Shared)),
@@ -158,9 +158,31 @@ fn state() -> State {
 #[test]
 fn commands_have_their_bytes() {
     for (name, command) in commands() {
-        let golden = golden(&format!("command {name}"), &encode_command(&command));
-        assert_eq!(decode_command(golden).unwrap(), command);
+        let golden = golden(&format!("command {name}"), &encode_command(&command, FEATURE_LEVEL));
+        assert_eq!(decode_command(golden, FEATURE_LEVEL).unwrap(), command);
     }
+}
+
+#[test]
+fn nothing_above_the_level_in_force_is_written() {
+    let bytes = encode_command(&renew(Some(Timestamp(300))), FEATURE_LEVEL_BASE);
+    assert_eq!(bytes, encode_command(&renew(None), FEATURE_LEVEL));
+    assert_eq!(decode_command(bytes, FEATURE_LEVEL_BASE).unwrap(), renew(None));
+}
+
+#[test]
+fn what_is_above_the_level_in_force_is_not_taken_for_garbage() {
+    let bytes = encode_command(&renew(Some(Timestamp(300))), FEATURE_LEVEL);
+    let error = decode_command(bytes, FEATURE_LEVEL_BASE).unwrap_err();
+    assert!(matches!(error, CodecError::FeatureLevel { found: 3 }), "{error}");
+    // A kind of command that this build does not know, as a later one writes it.
+    let later = [&[0x18, FEATURE_LEVEL as u8 + 1][..], &[0xa2, 0x3f, 0]].concat();
+    let error = decode_command(later.into(), FEATURE_LEVEL).unwrap_err();
+    assert!(matches!(error, CodecError::FeatureLevel { .. }), "{error}");
+    // One that no build knows at the level that it names.
+    let garbage = Bytes::from_static(&[0xa2, 0x3f, 0]);
+    let error = decode_command(garbage, FEATURE_LEVEL).unwrap_err();
+    assert!(matches!(error, CodecError::Malformed(_)), "{error}");
 }
 
 #[test]
@@ -388,7 +410,8 @@ proptest! {
         let mut state = state();
         state.apply(&join(30, "three", LEASE), false, &mut Vec::new());
         for (_, command) in commands() {
-            if let Ok(command) = decode_command(damage(&encode_command(&command))) {
+            let bytes = damage(&encode_command(&command, FEATURE_LEVEL));
+            if let Ok(command) = decode_command(bytes, FEATURE_LEVEL) {
                 let reply = state.apply(&command, false, &mut Vec::new());
                 state.records.check();
                 let _ = decode_reply(&damage(&encode_reply(&reply)));

@@ -39,7 +39,8 @@ pub(super) fn stored_command(command: &Command) -> stored::Command {
         _ => unreachable!("the codec keeps those to itself"),
     };
     let namespace = key.ring.namespace.0.to_string();
-    stored::Command { request: Some(stored_request(request)), namespace, body: Some(body) }
+    let (request, body) = (Some(stored_request(request)), Some(body));
+    stored::Command { request, namespace, body, ..Default::default() }
 }
 
 /// The same, back.

@@ -120,37 +120,41 @@ fn commands() {
         ("touch", touch),
         ("delete", delete()),
         ("tick", Command::Tick),
+        ("raise", Command::RaiseFeatureLevel { to: 300 }),
     ];
     for (name, command) in commands {
-        let golden = golden(&format!("command {name}"), &encode_command(&command));
-        assert_eq!(decode_command(golden).unwrap(), command);
+        let golden = golden(&format!("command {name}"), &encode_command(&command, FEATURE_LEVEL));
+        assert_eq!(decode_command(golden, FEATURE_LEVEL).unwrap(), command);
     }
 }
 
 #[test]
 fn entries() {
     let stamp = Stamp { time: Timestamp(300), steady: Timestamp(200) };
-    let command = encode_command(&Command::Tick);
+    let command = encode_command(&Command::Tick, FEATURE_LEVEL);
     let proposals = vec![
         Proposal { command: command.clone(), resend: false },
         Proposal { command, resend: true },
     ];
-    let golden = golden("entry, level 2", &encode_entry(stamp, &proposals));
+    let golden = golden("entry, level 2", &encode_entry(stamp, 2, &proposals));
     let entry = decode_entry(golden).unwrap();
-    let expected = Entry { stamp, feature_level: FEATURE_LEVEL, proposals };
+    let expected = Entry { stamp, feature_level: 2, proposals: proposals.clone() };
     assert_eq!(entry, expected);
     assert_eq!(decode_entry(earlier("entry")).unwrap(), Entry { feature_level: 1, ..expected });
+    let later = decode_entry(encode_entry(stamp, FEATURE_LEVEL + 1, &proposals)).unwrap_err();
+    assert!(matches!(later, CodecError::FeatureLevel { .. }), "{later}");
+    assert!(later.to_string().contains("upgrade this node"), "{later}");
 }
 
 #[test]
 fn commands_are_sliced_not_copied() {
-    let command = encode_command(&create());
+    let command = encode_command(&create(), FEATURE_LEVEL);
     let proposals = [Proposal { command, resend: false }];
-    let entry = encode_entry(Stamp::default(), &proposals);
+    let entry = encode_entry(Stamp::default(), FEATURE_LEVEL, &proposals);
     let within = |bytes: &Bytes| entry.as_ptr_range().contains(&bytes.as_ptr());
     let decoded = decode_entry(entry.clone()).unwrap();
     assert!(within(&decoded.proposals[0].command));
-    let command = decode_command(decoded.proposals[0].command.clone()).unwrap();
+    let command = decode_command(decoded.proposals[0].command.clone(), FEATURE_LEVEL).unwrap();
     let Command::CreateSession { attributes, .. } = command else { panic!("{command:?}") };
     assert!(attributes.iter().all(|attribute| within(&attribute.value)));
 }
@@ -171,6 +175,7 @@ fn replies() {
         Outcome::Rejected(Rejection::SessionTooLarge(300)),
         Outcome::Rejected(Rejection::TooManyAttributes(257)),
         Outcome::Rejected(Rejection::MalformedCommand),
+        Outcome::Rejected(Rejection::ClockAhead),
     ];
     for outcome in outcomes {
         let reply = Reply { revision: Revision(4), outcome: outcome.clone() };
@@ -185,10 +190,15 @@ fn states() {
     let header = golden("header, level 2", &state.header());
     assert_eq!(StateHeader::decode(&header).unwrap().digest(), state.digest());
     let earlier = earlier("header");
-    assert_eq!(StateHeader::decode(&earlier).unwrap().feature_level, 1);
+    assert_eq!(StateHeader::decode(&earlier).unwrap().feature_level, FEATURE_LEVEL_BASE);
     // Digests are in headers, so the hash of a record is part of the format.
     golden("digest", &state.digest().0.to_be_bytes());
-    // What an earlier level wrote is restored to the same, and then is of this level.
+    let mut raised = restored(&state);
+    raised.raise_feature_level(3).unwrap();
+    let header = golden("header, level 3", &raised.header());
+    assert_eq!(StateHeader::decode(&header).unwrap().digest(), raised.digest());
+    golden("digest, level 3", &raised.digest().0.to_be_bytes());
+    // What an earlier level wrote is restored to the same, and then is of the lowest that is left.
     let mut restore = Restore::new(&earlier).unwrap();
     for (key, record) in state.records() {
         let kind = match &key {
@@ -244,8 +254,8 @@ fn a_state_that_is_not_its_headers_is_refused() {
 
     let mut header = state.header().to_vec();
     // The first field is the feature level.
-    assert_eq!(header[..2], [0x08, FEATURE_LEVEL as u8]);
-    header[1] += 1;
+    assert_eq!(header[..2], [0x08, FEATURE_LEVEL_BASE as u8]);
+    header[1] = FEATURE_LEVEL as u8 + 1;
     let newer = Restore::new(&header).unwrap_err();
     let CodecError::FeatureLevel { found } = newer else { panic!("{newer}") };
     assert_eq!(found, FEATURE_LEVEL + 1);
@@ -256,7 +266,7 @@ fn what_has_no_order_is_refused() {
     let mut wrong = create();
     let Command::CreateSession { attributes, .. } = &mut wrong else { unreachable!() };
     attributes.reverse();
-    let command = decode_command(encode_command(&wrong)).unwrap();
+    let command = decode_command(encode_command(&wrong, FEATURE_LEVEL), FEATURE_LEVEL).unwrap();
     let mut state = State::new();
     let reply = state.apply(&command, false, &mut Vec::new());
     assert_eq!(reply.outcome, Outcome::Rejected(Rejection::MalformedCommand));
@@ -284,12 +294,14 @@ proptest! {
         };
         let mut state = state();
         for command in [create(), update(), delete()] {
-            if let Ok(command) = decode_command(damage(&encode_command(&command))) {
+            let bytes = damage(&encode_command(&command, FEATURE_LEVEL));
+            if let Ok(command) = decode_command(bytes, FEATURE_LEVEL) {
                 state.apply(&command, false, &mut Vec::new());
                 state.records.check();
             }
-            let proposals = [Proposal { command: encode_command(&command), resend: true }];
-            let _ = decode_entry(damage(&encode_entry(state.clock(), &proposals)));
+            let command = encode_command(&command, FEATURE_LEVEL);
+            let proposals = [Proposal { command, resend: true }];
+            let _ = decode_entry(damage(&encode_entry(state.clock(), FEATURE_LEVEL, &proposals)));
         }
         restored(&state);
         let reply = state.reject_malformed();

@@ -173,12 +173,15 @@ pub enum Command {
         /// How long it lives without a renewal: 1 s to 24 h.
         ttl: Duration,
     },
-    /// Renews leases. It is idempotent, and names what it is for so well that it need not be dated.
+    /// Renews leases. It is idempotent, so it need not be remembered.
     RenewLeases {
         /// The namespace of them all.
         namespace: Namespace,
         /// At most `LEASE_RENEWALS_MAX`.
         ids: Vec<LeaseId>,
+        /// Cluster time after which it is refused: a straggler must not lengthen what its owner
+        /// believes to have ended. `None` below the feature level that has it.
+        expires: Option<Timestamp>,
     },
     /// Ends a lease, and whatever hangs from it.
     RevokeLease {
@@ -210,8 +213,8 @@ pub enum Command {
         request: Request,
         /// The lock.
         lock: LockKey,
-        /// The lease that holds it, which remembers: without it, a resend of what was applied is
-        /// refused as `LockNotHeld`. A token of another lease releases nothing.
+        /// The lease that holds it, which remembers: without it, a resend that finds the lock given
+        /// back is answered `OutcomeUnknown`. A token of another lease releases nothing.
         lease: Option<LeaseId>,
         /// The fencing token of the grant.
         token: Revision,
@@ -229,7 +232,8 @@ pub enum Command {
         acquire: u64,
     },
     /// Takes a lock from its holder, who learns of it when its token is worth nothing; or ends a
-    /// lock-delay. By its nature it happens once: a token that is broken is not held.
+    /// lock-delay. By its nature it happens once: a token that is broken is not held. Nobody
+    /// remembers it, so a resend that finds the token broken is answered `OutcomeUnknown`.
     BreakLock {
         /// Bounds its life.
         request: Request,
@@ -257,12 +261,17 @@ pub enum Command {
         request: Request,
         /// The member: ring and name.
         member: MemberKey,
-        /// Only if it hangs from this lease. Without it, a resend of what was applied is refused as
-        /// `MemberNotFound`, or as `OutcomeUnknown` where somebody has joined under the name since.
+        /// Only if it hangs from this lease. Without it, a resend that finds nobody of that name, or
+        /// somebody who has joined since, is answered `OutcomeUnknown`.
         lease: Option<LeaseId>,
     },
     /// Removes what has expired, at most `EXPIRE_BATCH_MAX` records of it.
     Tick,
+    /// Raises the state's feature level, to which its entry's has to be set.
+    RaiseFeatureLevel {
+        /// The level that all members know. One that is in force already changes nothing.
+        to: u32,
+    },
 }
 
 impl Command {
@@ -283,6 +292,7 @@ impl Command {
             Self::JoinRing { .. } => "JoinRing",
             Self::LeaveRing { .. } => "LeaveRing",
             Self::Tick => "Tick",
+            Self::RaiseFeatureLevel { .. } => "RaiseFeatureLevel",
         }
     }
 
@@ -394,8 +404,10 @@ pub enum Rejection {
     VersionMismatch(Revision),
     /// It came after the time at which it expires, or claims to be sent after that time.
     RequestExpired,
-    /// It expires more than `REQUEST_LIFETIME_MAX` from now, or from its first sending.
+    /// It expires more than `REQUEST_LIFETIME_MAX` after its first sending.
     RequestLifetimeTooLong,
+    /// It claims to have been sent more than `REQUEST_SKEW_MAX` from now.
+    ClockAhead,
     /// It may have been applied and forgotten: a resend, or a first sending behind its resend.
     OutcomeUnknown,
     /// The session would grow to so many bytes.

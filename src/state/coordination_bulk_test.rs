@@ -128,7 +128,7 @@ fn a_hundred_thousand_leases_end_at_once_and_are_removed_in_steps() {
         let lock = state.lock(&lock_key(&format!("lock {}", number / 10)), 10);
         assert!(lock.is_none_or(|lock| number / 10 == 7 && lock.waiters_count == 1));
         let ids = vec![lease_key(number).id];
-        let renew = Command::RenewLeases { namespace: namespace(), ids };
+        let renew = Command::RenewLeases { namespace: namespace(), ids, expires: None };
         let outcome = state.apply(&renew, false, &mut Vec::new()).outcome;
         assert_eq!(outcome, Outcome::LeasesRenewed(vec![None]));
         // Others go on.
@@ -158,6 +158,7 @@ fn all_renewals_of_one_command_are_one_revision() {
     let renew = |numbers: std::ops::Range<u64>| Command::RenewLeases {
         namespace: namespace(),
         ids: numbers.map(|number| lease_key(number).id).collect(),
+        expires: None,
     };
     let before = state.revision();
     let mut changes = Vec::new();

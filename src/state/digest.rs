@@ -13,8 +13,9 @@ use std::fmt;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::command::{Namespace, Revision, SessionKey};
+use super::level::FEATURE_LEVEL_BASE;
 
-/// Digest of a state's revision and records. Equal states have equal digests, whatever their
+/// Digest of a state's feature level, revision and records. Equal states have equal digests, whatever their
 /// histories.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StateDigest(pub u64);
@@ -74,10 +75,13 @@ pub(super) fn of_name(name: &str, number: Revision) -> [u8; 16] {
     id
 }
 
-/// The digest of a state from the sum of its records' hashes.
-pub(super) fn of_state(revision: Revision, sum: u64) -> StateDigest {
-    let mut all = [0; 16];
+/// The digest of a state from the sum of its records' hashes. Builds that know the lowest feature
+/// level only leave it out.
+pub(super) fn of_state(feature_level: u32, revision: Revision, sum: u64) -> StateDigest {
+    let mut all = [0; 20];
     all[..8].copy_from_slice(&revision.0.to_le_bytes());
-    all[8..].copy_from_slice(&sum.to_le_bytes());
-    StateDigest(xxh3_64(&all))
+    all[8..16].copy_from_slice(&sum.to_le_bytes());
+    all[16..].copy_from_slice(&feature_level.to_le_bytes());
+    let length = if feature_level > FEATURE_LEVEL_BASE { all.len() } else { 16 };
+    StateDigest(xxh3_64(&all[..length]))
 }

@@ -38,7 +38,8 @@
 //! namespace  those of one namespace              codec_coordination  those of leases and locks
 //! coordination  its leases, locks and rings      codec_ring  those of rings
 //! void       Acquires cancelled before they came restore     a state from its records
-//! attributes, packing: how records are made small  digest    a digest of it all
+//! level      what different builds agree on      digest      a digest of it all
+//! attributes, packing: how records are made small
 //! ```
 //!
 //! # Caveats
@@ -62,6 +63,7 @@ mod coordination;
 mod digest;
 mod expiry;
 mod lease;
+mod level;
 mod lock;
 mod namespace;
 mod packing;
@@ -90,6 +92,8 @@ mod coordination_test;
 #[cfg(test)]
 mod expiry_test;
 #[cfg(test)]
+mod level_test;
+#[cfg(test)]
 mod model;
 #[cfg(test)]
 mod model_test;
@@ -108,6 +112,7 @@ pub use codec::*;
 pub use command::*;
 pub use digest::StateDigest;
 pub use lease::{Lease, LeaseEnd, LeaseId, LeaseKey, LeaseTombstone};
+pub use level::{FEATURE_LEVEL, FEATURE_LEVEL_BASE};
 pub use namespace::NamespacePolicy;
 pub use query::Page;
 pub use query_lock::{ClaimView, LeaseView, LockView};
@@ -120,13 +125,10 @@ pub use tombstone::Tombstone;
 
 use records::Records;
 
-/// What this build understands. Entries and checkpoints say what it takes to understand them; a
-/// node that meets a higher level than its own must halt rather than diverge.
-pub const FEATURE_LEVEL: u32 = 2;
-
 /// The replicated state.
 ///
 /// - The clock never goes back, and nothing but `advance` moves it.
+/// - The feature level is raised by a command and never goes down.
 /// - The revision is raised by one by every command that changes anything, by every sweep step that
 ///   removes anything, by every expiry of a record that a command meets, and by every grant of a
 ///   lock, whose token it is; all changes of one revision come out of one call of `apply`.
@@ -134,8 +136,9 @@ pub const FEATURE_LEVEL: u32 = 2;
 /// - States that were fed the same entries are equal, and so is one that was restored from
 ///   another's header and records: it answers everything alike from then on.
 /// - No call does work in proportion to the number of records, except reading them all.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct State {
+    feature_level: u32,
     clock: Stamp,
     revision: Revision,
     records: Records,
@@ -144,8 +147,21 @@ pub struct State {
     scratch: Vec<u8>,
 }
 
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            feature_level: FEATURE_LEVEL_BASE,
+            clock: Stamp::default(),
+            revision: Revision::default(),
+            records: Records::default(),
+            policy: NamespacePolicy::default(),
+            scratch: Vec::new(),
+        }
+    }
+}
+
 impl State {
-    /// An empty state, at revision and time zero.
+    /// An empty state, at revision and time zero and at the lowest feature level.
     pub fn new() -> Self {
         Self::default()
     }
@@ -176,6 +192,7 @@ impl State {
             | Command::JoinRing { .. }
             | Command::LeaveRing { .. } => self.coordinate(command, resend, changes),
             Command::Tick => Ok(self.sweep(changes)),
+            Command::RaiseFeatureLevel { to } => self.raise_feature_level(*to),
         };
         answer.unwrap_or_else(|rejection| self.reject(rejection))
     }
@@ -233,9 +250,9 @@ impl State {
         self.records.members()
     }
 
-    /// Digest of revision and records. Costs nothing: it is kept up to date.
+    /// Digest of feature level, revision and records. Costs nothing: it is kept up to date.
     pub fn digest(&self) -> StateDigest {
-        digest::of_state(self.revision, self.records.sum())
+        digest::of_state(self.feature_level, self.revision, self.records.sum())
     }
 
     /// What the state is besides its records, encoded: see [`StateHeader::decode`].
@@ -245,7 +262,7 @@ impl State {
 
     fn state_header(&self) -> StateHeader {
         StateHeader {
-            feature_level: FEATURE_LEVEL,
+            feature_level: self.feature_level,
             clock: self.clock,
             revision: self.revision,
             sum: self.records.sum(),

@@ -6,6 +6,11 @@ use super::*;
 
 pub(super) const MINUTE: u64 = 60_000;
 
+/// An empty state at the level of this build.
+pub(super) fn raised() -> State {
+    State { feature_level: FEATURE_LEVEL, ..State::new() }
+}
+
 /// What the state should be.
 #[derive(Default)]
 pub(super) struct Model {
@@ -155,8 +160,12 @@ impl Model {
             Command::TouchSession { request, key } => (request, key, true),
             _ => unreachable!("has a function of its own"),
         };
-        if self.clock > request.expires.0 {
+        let (sent, expires) = (request.first_sent.0, request.expires.0);
+        if self.clock > expires.min(sent + 55_000) {
             return Err(Rejection::RequestExpired);
+        }
+        if sent > self.clock + 5_000 {
+            return Err(Rejection::ClockAhead);
         }
         if request.expires.0 - request.first_sent.0 > MINUTE {
             return Err(Rejection::RequestLifetimeTooLong);

@@ -14,7 +14,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
-use super::model::{MINUTE, Model};
+use super::model::{MINUTE, Model, raised};
 use super::script_test::restored;
 use super::*;
 
@@ -327,10 +327,10 @@ impl World {
 
     /// Applies a command on both replicas, and compares and follows what they say.
     fn apply(&mut self, command: &Command, resend: bool) -> Reply {
-        let bytes = encode_command(command);
+        let bytes = encode_command(command, FEATURE_LEVEL);
         let [one, two] = self.states.each_mut().map(|state| {
             let mut changes = Vec::new();
-            let command = decode_command(bytes.clone()).unwrap();
+            let command = decode_command(bytes.clone(), FEATURE_LEVEL).unwrap();
             (state.apply(&command, resend, &mut changes), changes)
         });
         assert_eq!(one.0, two.0, "{command:?}");
@@ -445,7 +445,7 @@ fn check_histories(cases: u32, length: usize) {
     println!("PROPTEST_RNG_SEED={seed} cargo test --lib state::model_test repeats this");
     let steps = prop::collection::vec(some_step(), 1..length);
     proptest!(config, |(steps in steps)| {
-        let mut world = World::default();
+        let mut world = World { states: [raised(), raised()], ..World::default() };
         // As it would be, and so that requests can be older than the history.
         world.step(Step::Advance(1_000_000));
         for step in steps {

@@ -22,7 +22,7 @@ use super::tombstone::Tombstone;
 /// What a state is besides its records, and what its records must add up to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StateHeader {
-    /// The level that it takes to understand the state.
+    /// The level in force, which it takes to understand the state.
     pub feature_level: u32,
     /// The latest stamp.
     pub clock: Stamp,
@@ -49,7 +49,7 @@ impl StateHeader {
 
     /// The digest of the state.
     pub fn digest(&self) -> StateDigest {
-        of_state(self.revision, self.sum)
+        of_state(self.feature_level, self.revision, self.sum)
     }
 }
 
@@ -122,8 +122,8 @@ impl Restore {
     ///
     /// Errors: a key came twice, or the records are not those that the header was written for.
     pub fn finish(self) -> Result<State, CodecError> {
-        let mut state =
-            State { clock: self.header.clock, revision: self.header.revision, ..State::default() };
+        let StateHeader { feature_level, clock, revision, .. } = self.header;
+        let mut state = State { feature_level, clock, revision, ..State::default() };
         for (name, collected) in self.namespaces {
             let Collected { sessions, tombstones, coordination } = collected;
             let mut records = NamespaceRecords::build(sessions, tombstones)

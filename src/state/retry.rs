@@ -22,27 +22,44 @@
 //! Only what was applied is remembered. A request that was refused may be refused again or, when
 //! the state has moved on, be applied by its resend: once, in any case.
 
+use super::State;
 use super::command::{Rejection, Request, Revision};
+use super::level::{RESENDS_ARE_DOUBTED, SKEW_IS_BOUNDED};
 use super::packing::{Reader, put_varint};
 use super::time::Timestamp;
-use crate::limits::{REMEMBERED_REQUESTS_MAX, REQUEST_LIFETIME_MAX};
+use crate::limits::{REMEMBERED_REQUESTS_MAX, REQUEST_LIFETIME_MAX, REQUEST_SKEW_MAX};
 
-impl Request {
-    /// Refuses a request whose time is over, or which would have to be remembered for longer than
-    /// anything is.
-    pub(super) fn check(&self, clock: Timestamp) -> Result<(), Rejection> {
-        // One that expires before it was sent comes from a clock that is far ahead. It must not
-        // get to raise a record's mark into the future.
-        if clock > self.expires || self.first_sent > self.expires {
+impl State {
+    /// Refuses a request whose time is over, which would have to be remembered for longer than
+    /// anything is, or whose sender's clock is ahead: applied and forgotten, such a one would put
+    /// everything in doubt that is sent until the clock has come as far.
+    pub(super) fn check_request(&self, request: &Request) -> Result<(), Rejection> {
+        let Request { first_sent, expires, .. } = *request;
+        let clock = self.clock.time;
+        let bounded = self.knows(SKEW_IS_BOUNDED);
+        // What comes from a clock that is ahead must not outlive the tombstone of what it made, so
+        // the room for clocks is taken from the end of the longest lifetime, whoever asks for it.
+        let applied_for = REQUEST_LIFETIME_MAX.saturating_sub(REQUEST_SKEW_MAX);
+        let last = if bounded { expires.min(first_sent.plus(applied_for)) } else { expires };
+        if clock > last || first_sent > expires {
             return Err(Rejection::RequestExpired);
         }
-        // Both bounds are needed: the first keeps it from being remembered for too long, the
-        // second from outliving the tombstone of what it created.
-        let latest = clock.min(self.first_sent).plus(REQUEST_LIFETIME_MAX);
-        if self.expires > latest {
+        if bounded && first_sent > clock.plus(REQUEST_SKEW_MAX) {
+            return Err(Rejection::ClockAhead);
+        }
+        let dated = if bounded { first_sent } else { clock.min(first_sent) };
+        if expires > dated.plus(REQUEST_LIFETIME_MAX) {
             return Err(Rejection::RequestLifetimeTooLong);
         }
         Ok(())
+    }
+
+    /// The answer to a command on `lock`, or on a member of a ring, that found nothing under what it
+    /// names, and which nobody would remember: refused, or in doubt where an earlier sending may
+    /// have been what removed it.
+    pub(super) fn not_found_by(&self, resend: bool, refusal: Rejection) -> Rejection {
+        let doubted = resend && self.knows(RESENDS_ARE_DOUBTED);
+        if doubted { Rejection::OutcomeUnknown } else { refusal }
     }
 }
 

@@ -79,11 +79,14 @@ impl Script {
 
     fn coordination_command(&mut self, command: &str, words: &mut Words<'_>) -> Command {
         if command == "renew" {
+            let time = |text| Timestamp(millis(duration(text)));
+            let expires = words.take("expires").map(time);
             let keys: Vec<_> = words.0.drain(..).map(lease_key).collect();
             let namespace = keys[0].namespace.clone();
             return Command::RenewLeases {
                 namespace,
                 ids: keys.into_iter().map(|key| key.id).collect(),
+                expires,
             };
         }
         let request = self.request(words);

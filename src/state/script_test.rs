@@ -119,7 +119,7 @@ impl Script {
                 self.state.advance(Stamp { time: time.plus(duration(words.0[0])), steady });
                 self.print_clock(out);
             }
-            "create" | "update" | "touch" | "delete" | "tick" => {
+            "create" | "update" | "touch" | "delete" | "tick" | "raise" => {
                 let resend = words.take_word("resend");
                 let command = self.command(command, &mut words);
                 self.apply(&command, resend, out);
@@ -169,6 +169,7 @@ impl Script {
                     writeln!(out, "{}: {text}", key_text(name)).unwrap();
                 }
             }
+            "level" => writeln!(out, "level {}", self.state.feature_level()).unwrap(),
             // From here on a copy goes on in the state's place.
             "restore" => {
                 let copy = restored(&self.state);
@@ -190,6 +191,9 @@ impl Script {
     fn command(&mut self, command: &str, words: &mut Words<'_>) -> Command {
         if command == "tick" {
             return Command::Tick;
+        }
+        if command == "raise" {
+            return Command::RaiseFeatureLevel { to: words.0.remove(0).parse().unwrap() };
         }
         let key = key(words.0.remove(0));
         let request = self.request(words);
@@ -243,7 +247,8 @@ impl Script {
     pub(super) fn apply(&mut self, command: &Command, resend: bool, out: &mut String) {
         let mut changes = Vec::new();
         // As a command would come out of the log.
-        let command = decode_command(encode_command(command)).unwrap();
+        let level = self.state.feature_level();
+        let command = decode_command(encode_command(command, level), level).unwrap();
         let Reply { revision, outcome } = self.state.apply(&command, resend, &mut changes);
         match outcome {
             Outcome::Written { version, deadline } => {

@@ -4,6 +4,7 @@
 
 mod answers;
 mod clocks;
+mod levels;
 mod locks;
 mod nodes;
 mod rings;

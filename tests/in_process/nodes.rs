@@ -13,7 +13,8 @@ use quorate::server::{Listeners, Server, ServerOptions};
 /// How long anything may take. Only a hang takes so long, even on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-pub(crate) const ANY_PORT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+pub(crate) const ANY_PORT: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 /// Starts nodes 1 to 3, which form a cluster by themselves, in directories `node-<id>`.
 pub(crate) async fn three_nodes(directory: &Path) -> Vec<Server> {

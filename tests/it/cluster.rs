@@ -58,6 +58,8 @@ struct Node {
     peer_port: u16,
     data: PathBuf,
     trace: PathBuf,
+    /// The binary that it runs; `None` for that of this build.
+    binary: Option<PathBuf>,
     child: Option<Child>,
 }
 
@@ -165,6 +167,7 @@ impl Cluster {
             peer_port: reserve_port(),
             data: directory.path().join(format!("node-{id}")),
             trace: directory.path().join(format!("node-{id}.trace")),
+            binary: None,
             child: None,
         };
         let nodes = (1..=options.nodes).map(|id| (id, node(id))).collect();
@@ -201,6 +204,11 @@ impl Cluster {
 
     pub(crate) fn set_data(&mut self, id: u64, data: PathBuf) {
         self.node(id).data = data;
+    }
+
+    /// What the node runs from its next start on; `None` for the binary of this build.
+    pub(crate) fn set_binary(&mut self, id: u64, binary: Option<PathBuf>) {
+        self.node(id).binary = binary;
     }
 
     fn node(&mut self, id: u64) -> &mut Node {
@@ -266,7 +274,8 @@ impl Cluster {
         self.tell("start", id);
         let node = self.node(id);
         assert!(node.child.is_none(), "node {id} is running already");
-        node.child = Some(quorate().args(arguments).stderr(stderr).spawn().unwrap());
+        let mut command = quorate_of(node.binary.as_deref());
+        node.child = Some(command.args(arguments).stderr(stderr).spawn().unwrap());
     }
 
     /// The same, with so many open files allowed.
@@ -529,7 +538,12 @@ fn summary(statuses: &BTreeMap<u64, StatusResponse>) -> String {
 
 /// The binary of this build, or the one that `QUORATE_TEST_BINARY` names.
 pub(crate) fn quorate() -> Command {
-    let binary = std::env::var_os("QUORATE_TEST_BINARY");
+    quorate_of(None)
+}
+
+fn quorate_of(binary: Option<&Path>) -> Command {
+    let tested = || std::env::var_os("QUORATE_TEST_BINARY").map(PathBuf::from);
+    let binary = binary.map(Path::to_owned).or_else(tested);
     let mut command = Command::new(binary.unwrap_or(env!("CARGO_BIN_EXE_quorate").into()));
     // Options could come from the environment too, and these are not to.
     command.env_clear().stdin(Stdio::null()).stdout(Stdio::null());

@@ -33,3 +33,4 @@ mod secrets;
 mod snapshot;
 mod told;
 mod traces;
+mod versions;

@@ -51,6 +51,9 @@ pub(in crate::wire) fn status_out(status: NodeStatus, resident_bytes: u64) -> v1
         resident_bytes,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         members: status.members.into_iter().map(member_out).collect(),
+        feature_level: status.feature_level,
+        supported_feature_level: status.supported_feature_level,
+        feature_level_obstacle: status.feature_level_obstacle.unwrap_or_default(),
         halted_reason: status.halted_reason.unwrap_or_default(),
         warnings: status.warnings,
         ..v1::StatusResponse::default()

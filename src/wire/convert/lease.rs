@@ -72,7 +72,11 @@ pub(in crate::wire) fn get_lease_in(request: v1::GetLeaseRequest) -> Result<GetL
     Ok(GetLease {
         namespace: request.namespace,
         id: request.lease_id,
-        consistency: consistency_in(request.consistency, request.min_revision)?,
+        consistency: consistency_in(
+            request.consistency,
+            request.min_revision,
+            request.max_staleness,
+        )?,
     })
 }
 
@@ -103,7 +107,7 @@ pub(in crate::wire) fn list_leases_in(request: v1::ListLeasesRequest) -> Result<
         namespace: request.namespace,
         page_size: request.page_size,
         page_token: request.page_token,
-        consistency: consistency_in(request.consistency, 0)?,
+        consistency: consistency_in(request.consistency, 0, request.max_staleness)?,
     })
 }
 

@@ -103,7 +103,11 @@ pub(in crate::wire) fn get_lock_in(request: v1::GetLockRequest) -> Result<GetLoc
     Ok(GetLock {
         namespace: request.namespace,
         lock: request.lock,
-        consistency: consistency_in(request.consistency, request.min_revision)?,
+        consistency: consistency_in(
+            request.consistency,
+            request.min_revision,
+            request.max_staleness,
+        )?,
         page_size: request.page_size,
     })
 }
@@ -179,7 +183,7 @@ pub(in crate::wire) fn list_locks_in(request: v1::ListLocksRequest) -> Result<Li
         namespace: request.namespace,
         page_size: request.page_size,
         page_token: request.page_token,
-        consistency: consistency_in(request.consistency, 0)?,
+        consistency: consistency_in(request.consistency, 0, request.max_staleness)?,
     })
 }
 

@@ -68,12 +68,20 @@ fn context_in(context: Option<v1::RequestContext>) -> Result<RequestContext, Err
     })
 }
 
-fn consistency_in(consistency: i32, min_revision: u64) -> Result<Consistency, Error> {
+fn consistency_in(
+    consistency: i32,
+    min_revision: u64,
+    max_staleness: Option<prost_types::Duration>,
+) -> Result<Consistency, Error> {
+    let bounded = |length| duration_in("max_staleness", length);
     match v1::Consistency::try_from(consistency) {
         Ok(v1::Consistency::Unspecified | v1::Consistency::Linearizable) => {
             Ok(Consistency::Linearizable)
         }
-        Ok(v1::Consistency::Local) => Ok(Consistency::Local { min_revision }),
+        Ok(v1::Consistency::Local) => {
+            let max_staleness = max_staleness.map(bounded).transpose()?;
+            Ok(Consistency::Local { min_revision, max_staleness })
+        }
         Err(_) => Err(Error::invalid(
             "consistency",
             "INVALID_CONSISTENCY",

@@ -49,7 +49,11 @@ pub(in crate::wire) fn locate_in(request: v1::LocateKeysRequest) -> Result<Locat
         ring: request.ring,
         keys: request.keys,
         count: request.count,
-        consistency: consistency_in(request.consistency, request.min_revision)?,
+        consistency: consistency_in(
+            request.consistency,
+            request.min_revision,
+            request.max_staleness,
+        )?,
     })
 }
 
@@ -87,7 +91,11 @@ pub(in crate::wire) fn get_ring_in(request: v1::GetRingRequest) -> Result<GetRin
     Ok(GetRing {
         namespace: request.namespace,
         ring: request.ring,
-        consistency: consistency_in(request.consistency, request.min_revision)?,
+        consistency: consistency_in(
+            request.consistency,
+            request.min_revision,
+            request.max_staleness,
+        )?,
         without_shares: request.without_shares,
     })
 }

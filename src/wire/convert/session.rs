@@ -86,7 +86,11 @@ pub(in crate::wire) fn get_in(
     let get = GetSession {
         namespace: request.namespace,
         session: selector_in(request.session)?,
-        consistency: consistency_in(request.consistency, request.min_revision)?,
+        consistency: consistency_in(
+            request.consistency,
+            request.min_revision,
+            request.max_staleness,
+        )?,
         touch: request.touch,
     };
     Ok((get, Wanted::of(request.metadata_only, request.attribute_names)?))
@@ -130,7 +134,11 @@ pub(in crate::wire) fn batch_get_in(
             .into_iter()
             .map(|selector| selector_in(Some(selector)))
             .collect::<Result<_, _>>()?,
-        consistency: consistency_in(request.consistency, request.min_revision)?,
+        consistency: consistency_in(
+            request.consistency,
+            request.min_revision,
+            request.max_staleness,
+        )?,
     };
     Ok((get, Wanted::of(request.metadata_only, request.attribute_names)?))
 }
@@ -235,7 +243,7 @@ pub(in crate::wire) fn list_in(request: v1::ListSessionsRequest) -> Result<ListS
         principal: request.principal,
         page_size: request.page_size,
         page_token: request.page_token,
-        consistency: consistency_in(request.consistency, 0)?,
+        consistency: consistency_in(request.consistency, 0, request.max_staleness)?,
     })
 }
 
