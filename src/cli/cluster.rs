@@ -27,6 +27,39 @@ pub(crate) enum ClusterCommand {
     Init(InitArguments),
     /// Print the state of every node
     Status,
+    /// Set the cluster's time forward, after a stop of all nodes whose length nobody knows
+    #[command(after_help = "Sessions whose deadline lies before the new time end at once; leases \
+        do not feel it. Time cannot be\nset back. Without --yes it only says what it would do.\n\n\
+        Example:\n  quorate cluster set-time now --yes")]
+    SetTime(SetTimeArguments),
+}
+
+/// `quorate cluster set-time`.
+#[derive(Args, Debug)]
+pub(crate) struct SetTimeArguments {
+    /// `now`, which is the leader's wall clock, or a time such as 2026-01-31T12:00:00Z
+    #[arg(value_name = "TIME", value_parser = parse_time)]
+    time: NewTime,
+    /// Do it
+    #[arg(long)]
+    yes: bool,
+}
+
+/// What the time is to be.
+#[derive(Clone, Copy, Debug)]
+enum NewTime {
+    /// What the leader's wall clock says.
+    Now,
+    At(SystemTime),
+}
+
+fn parse_time(text: &str) -> Result<NewTime, String> {
+    if text == "now" {
+        return Ok(NewTime::Now);
+    }
+    humantime::parse_rfc3339(text)
+        .map(NewTime::At)
+        .map_err(|_| "write now, or a time in UTC such as 2026-01-31T12:00:00Z".to_owned())
 }
 
 /// `quorate cluster init`.
@@ -57,7 +90,43 @@ pub(crate) async fn run(command: ClusterCommand, common: &Common) -> Result<(), 
             common.output().result(&text, &json!({ "cluster_id": cluster_id }))
         }
         ClusterCommand::Status => status(&client, common).await,
+        ClusterCommand::SetTime(arguments) => set_time(&client, common, &arguments).await,
     }
+}
+
+async fn set_time(
+    client: &Client,
+    common: &Common,
+    arguments: &SetTimeArguments,
+) -> Result<(), Failure> {
+    let leader = client.describe().await?.leader_address;
+    if leader.is_empty() {
+        let message = "no node leads; see `quorate cluster status`";
+        return Err(Failure::Unavailable(message.to_owned()));
+    }
+    let at = match arguments.time {
+        NewTime::Now => None,
+        NewTime::At(time) => Some(time),
+    };
+    if !arguments.yes {
+        let is = clock(&client.status(&leader).await?).map_or_else(|| "not known".into(), time_text);
+        let new = at.map_or_else(|| "the leader's wall clock".to_owned(), time_text);
+        return Err(Failure::Usage(format!(
+            "cluster time is {is} and would become {new}; sessions whose deadline lies before that \
+             end at once, and it cannot be undone: repeat it with --yes"
+        )));
+    }
+    let set = client.set_time(&leader, at).await?;
+    let leap = proto_length(set.leap).unwrap_or_default();
+    let now = set.cluster_time.and_then(|time| SystemTime::try_from(time).ok());
+    let text = if leap.is_zero() {
+        "cluster time is later already, and stays as it is".to_owned()
+    } else {
+        let now = now.map_or_else(|| "-".to_owned(), time_text);
+        format!("time leapt by {}; it is {now}", length(leap))
+    };
+    let object = json!({ "leap": length_json(Some(leap)), "cluster_time": time_json(now) });
+    common.output().result(&text, &object)
 }
 
 /// One node, as it was found.
@@ -105,6 +174,9 @@ async fn status(client: &Client, common: &Common) -> Result<(), Failure> {
                 output::message(&format!("quorate: {}", held_back(status)));
             }
             Ok(_) => {}
+        }
+        for warning in node.status.iter().flat_map(|status| &status.warnings) {
+            output::message(&format!("quorate: node {}: {}", node.node_id, printable(warning)));
         }
     }
     if nodes.iter().all(|node| node.status.is_err()) {
@@ -243,6 +315,7 @@ impl Node {
             "supported_feature_level": supported_level(status),
             "feature_level_obstacle": status.feature_level_obstacle,
             "halted_reason": status.halted_reason,
+            "warnings": status.warnings,
             "client_connections": status.client_connections,
             "refused_connections": status.refused_connections,
             "stuck_connections": status.stuck_connections,

@@ -1,5 +1,7 @@
 //! What an operator asks of the cluster and of single nodes.
 
+use std::time::SystemTime;
+
 use super::Client;
 use super::connection::{DialError, open_channel, timed};
 use super::error::{Error, Failure};
@@ -47,6 +49,27 @@ impl Client {
         let asked = tokio::time::timeout(self.timeout, asking).await;
         let late = |_| Err(DialError::late(self.timeout));
         asked.unwrap_or_else(late).map_err(|error| error.at(endpoint))
+    }
+
+    /// Has the leader, at `endpoint`, set the cluster's time forward to `time`, or to its own wall
+    /// clock: a leap, which ends sessions whose deadline lies before it and which nothing undoes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with reason `NOT_LEADER` when another node leads, and
+    /// [`Error::InvalidArgument`] for a time beyond the leader's wall clock.
+    pub async fn set_time(
+        &self,
+        endpoint: &str,
+        time: Option<SystemTime>,
+    ) -> Result<v1::SetTimeResponse, Error> {
+        let channel = open_channel(endpoint, self.connect_timeout)
+            .await
+            .map_err(|error| error.at(endpoint))?;
+        let request = v1::SetTimeRequest { time: time.map(prost_types::Timestamp::from) };
+        let call = ClusterServiceClient::new(channel).set_time(timed(request, self.timeout)).await;
+        call.map(tonic::Response::into_inner)
+            .map_err(|status| into_error(Failure::from_status(&status)))
     }
 
     /// Forms a cluster of nodes that were started without knowing of one another, by way of the

@@ -72,7 +72,7 @@ pub(super) struct Troubles {
     /// How long there has to be no leader before that is told. Whoever answers at all is heard
     /// within that time, as all stand for election.
     leaderless_min: Duration,
-    looked_at: Option<Duration>,
+    looked_at: Duration,
     /// Before this nobody could have been heard.
     listening_since: Duration,
     leads_since: Option<Duration>,
@@ -92,12 +92,12 @@ struct SlowDisk {
 }
 
 impl Troubles {
-    pub(super) fn new(directory: String, election_timeout: Duration) -> Self {
+    pub(super) fn new(directory: String, election_timeout: Duration, now: Duration) -> Self {
         Self {
             directory,
             leaderless_min: LEADERLESS_MIN.max(election_timeout * ELECTIONS_MIN),
-            looked_at: None,
-            listening_since: Duration::ZERO,
+            looked_at: now,
+            listening_since: now,
             leads_since: None,
             leaderless_since: None,
             leaderless_told: false,
@@ -119,10 +119,7 @@ impl Troubles {
     }
 
     fn standstill(&mut self, seen: &Observation, lines: &mut Vec<Line>) {
-        let Some(before) = self.looked_at.replace(seen.now) else {
-            self.listening_since = seen.now;
-            return;
-        };
+        let before = std::mem::replace(&mut self.looked_at, seen.now);
         let gap = seen.now.saturating_sub(before);
         if gap < STANDSTILL_MIN {
             return;
@@ -281,7 +278,8 @@ fn list(nodes: &[u64]) -> String {
 pub(super) async fn watch(node: Arc<Node>) {
     let directory = node.options.data_directory.clone();
     let election_timeout = node.options.timeouts.election_timeout;
-    let mut troubles = Troubles::new(directory.display().to_string(), election_timeout);
+    let name = directory.display().to_string();
+    let mut troubles = Troubles::new(name, election_timeout, node.monotonic());
     // A disk that hangs keeps a thread, and none of the rest.
     let mut measuring: Option<JoinHandle<Option<u64>>> = None;
     let mut looks = 0_u32;
@@ -349,7 +347,7 @@ mod tests {
                 peers: BTreeMap::from([(2, Some(now)), (3, Some(now))]),
                 ..Observation::default()
             };
-            let troubles = Troubles::new("data/1".to_owned(), Duration::from_millis(500));
+            let troubles = Troubles::new("data/1".to_owned(), Duration::from_millis(500), now);
             Self { troubles, seen, silent: Vec::new() }
         }
 
@@ -463,6 +461,8 @@ mod tests {
     #[test]
     fn a_node_that_stood_still_blames_nobody() {
         let mut scene = Scene::new();
+        scene.seen.now += Duration::from_secs(4);
+        assert_eq!(scene.look().len(), 1, "also before its first look");
         scene.pass(10.0);
         scene.silent = vec![2, 3];
         scene.seen.now += Duration::from_secs(60);

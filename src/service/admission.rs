@@ -288,9 +288,11 @@ impl Admission {
         let Some(stuck) = watch.stuck(seen.collect(), now) else { return };
         let is_stuck = |share: &&Arc<Share>| Arc::as_ptr(share) as usize == stuck;
         if let Some(share) = shares.iter().find(is_stuck) {
+            // Not within the line: what is in a line happens only if somebody wants it.
+            let connections_closed = self.stuck.fetch_add(1, Ordering::Relaxed) + 1;
             tracing::warn!(
                 bytes = share.answers(),
-                connections_closed = self.stuck.fetch_add(1, Ordering::Relaxed) + 1,
+                connections_closed,
                 "a client does not read its answers while others need the room; its connection is \
                  closed"
             );

@@ -307,7 +307,7 @@ impl Rings {
         };
         let circles = self.circles.clone();
         read(&self.node, call, consistency, look, move |looked| match looked {
-            Err(error) => done(Err(error.into())),
+            Err(error) => done(Err(error)),
             Ok((revision, Seen::Placed(placed))) => done(Ok((revision, placed))),
             Ok((_, Seen::Ring(None))) => done(Err(ring_empty())),
             Ok((revision, Seen::Ring(Some(view)))) => {

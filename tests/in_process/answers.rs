@@ -183,8 +183,10 @@ async fn connections_that_say_nothing_take_no_files_from_the_node() {
     assert_eq!((found.client_connections, found.refused_connections), (4, 1));
     // Those who say nothing make room before long.
     for mut silent in silent {
-        let closed = tokio::time::timeout(PATIENCE, silent.read(&mut byte)).await.unwrap();
-        assert!(matches!(closed, Ok(0) | Err(_)), "{closed:?}");
+        // The server may have greeted first.
+        let mut greeting = Vec::new();
+        let reading = silent.read_to_end(&mut greeting);
+        drop(tokio::time::timeout(PATIENCE, reading).await.expect("it is closed"));
     }
     eventually("others get in", async || {
         (status(&observer).await.client_connections == 1).then_some(())
