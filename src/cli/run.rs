@@ -212,10 +212,12 @@ async fn serve_node(
         _ = stopping.wait_for(|stop| *stop) => None,
     };
     ready.abort();
-    if let Some(reason) = failed {
-        let _ = reports.send(Report::Failed(format!("node {node_id}: {reason}")));
+    match failed {
+        Some(reason) => {
+            let _ = reports.send(Report::Failed(format!("node {node_id}: {reason}")));
+        }
+        None => tracing::info!(node_id, "stopping"),
     }
-    tracing::info!(node_id, "stopping");
     server.stop().await;
     Ok(())
 }

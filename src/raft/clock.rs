@@ -8,13 +8,14 @@
 //! - A follower's estimate is what its leader said last, plus its own time since. It is set anew
 //!   with each message, up or down, so that the drift of its own oscillator, or a leader that
 //!   slews, never adds up to a leap at the next failover.
-//! - It never falls below two floors: the highest stamp found in the log, for ever; and what the
-//!   leader of the latest term that has spoken said, for as long as no later term speaks. A leader
-//!   that was cut off, or whose successor had to begin anew from the log, is thereby forgotten:
-//!   whatever was acted on under it is in the log.
-//! - While leading, a node takes nobody's word: others only echo what it said, later. Nor does one
-//!   that is `synced` take that of anybody but its leader: whatever was acted on is in the log of
-//!   whoever gets elected.
+//! - It never falls below two floors: the highest stamp that is committed in the log, for ever; and
+//!   what the leader of the latest term that has spoken said, for as long as no later term speaks.
+//!   A leader that was cut off, or whose successor had to begin anew from the log, is thereby
+//!   forgotten: whatever was acted on under it is in the log.
+//! - Every word on the time names the term of the leader on which it rests, and who does not lead
+//!   only passes such a word on. It counts for those who have heard of no later term, neither from
+//!   others nor by their own log; so the drift of a leader that was cut off reaches nobody by way
+//!   of an election either. While leading, a node takes nobody's word of its own term or earlier.
 //! - A time that is minutes beyond both this node's estimate and its wall clock is taken for
 //!   garbled and ignored, with a warning; one that is committed in the log never is.
 //! - Towards the wall clock time slews by at most one percent of the time that passes.
@@ -92,8 +93,19 @@ struct Heard {
     at: Duration,
 }
 
+/// What a node finds in its own state and log.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Found {
+    /// The highest stamp that is known to be committed.
+    pub(crate) committed: Stamp,
+    /// The highest stamp of all.
+    pub(crate) highest: Stamp,
+    /// The term of the last entry.
+    pub(crate) term: u64,
+}
+
 /// A leader's word.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Spoken {
     term: u64,
     /// Microseconds.
@@ -107,13 +119,17 @@ struct Inner {
     steady: u64,
     /// Local monotonic time at which those were true.
     at: Duration,
-    /// The highest stamp in the log; microseconds.
+    /// The highest stamp that is committed; microseconds.
     floor_time: u64,
     floor_steady: u64,
-    /// By the leader of the latest term that has spoken.
-    spoken: Option<Spoken>,
+    /// By the leader of the latest term that has spoken, or at first nothing, by the term of the
+    /// last entry of the log.
+    spoken: Spoken,
     synced: bool,
-    leading: bool,
+    /// Whether the log holds no time at all.
+    is_new: bool,
+    /// The term in which this node leads.
+    leading: Option<u64>,
     /// Whether this leader had to begin without evidence.
     is_missing_evidence: bool,
     /// Microseconds that have passed while leading and have not been used for slewing yet.
@@ -129,25 +145,27 @@ struct Inner {
 }
 
 impl ClusterClock {
-    /// Starts from the highest stamp in the node's state and log, and from what was kept of the
-    /// time since, if anything was.
+    /// Starts from what is in the node's state and log, and from what was kept of the time since,
+    /// if anything was.
     pub(crate) fn new(
         own_id: u64,
         clock: Arc<dyn Clock>,
-        highest: Stamp,
+        found: Found,
         kept: Option<KeptTime>,
     ) -> Self {
         let at = clock.monotonic();
-        let (time, steady) = in_micros(highest);
+        let (time, steady) = in_micros(found.highest.max(found.committed));
+        let (floor_time, floor_steady) = in_micros(found.committed);
         let inner = Inner {
             time,
             steady,
             at,
-            floor_time: time,
-            floor_steady: steady,
-            spoken: None,
+            floor_time,
+            floor_steady,
+            spoken: Spoken { term: found.term, ..Spoken::default() },
             synced: false,
-            leading: false,
+            is_new: time == 0,
+            leading: None,
             is_missing_evidence: false,
             slewable: 0,
             kept: kept.filter(|kept| kept.at <= at),
@@ -188,12 +206,12 @@ impl ClusterClock {
         inner.at = now;
         inner.time = inner.time.saturating_add(elapsed);
         inner.steady = inner.steady.saturating_add(elapsed);
-        if inner.leading {
+        if inner.leading.is_some() {
             inner.slew(elapsed, self.clock.wall().saturating_mul(1000));
         }
     }
 
-    /// Takes note of a stamp found in the log.
+    /// Takes note of a stamp that is committed in the log.
     pub(crate) fn observe_stamp(&self, stamp: Stamp) {
         let mut inner = self.lock();
         self.run(&mut inner);
@@ -201,15 +219,19 @@ impl ClusterClock {
         let (time, steady) = in_micros(stamp);
         inner.floor_time = inner.floor_time.max(time);
         inner.floor_steady = inner.floor_steady.max(steady);
+        inner.is_new = false;
     }
 
-    /// Takes note of what a peer said that does not lead, or not that we know: its estimate may
-    /// only raise ours, and only before we know the time.
+    /// Takes note of what a peer said that does not lead, or not that we know: it counts if it
+    /// rests on a leader of a later term than all that was heard, or before we know the time.
     pub(crate) fn observe(&self, node: u64, heard: Option<&peer::Clock>) {
-        self.hear(node, heard, |inner, stamp, knows| {
-            if !inner.synced {
-                inner.raise(stamp);
-                inner.synced = knows;
+        self.hear(node, heard, |inner, stamp, term| {
+            if inner.leading.is_some_and(|leading| term <= leading) {
+                return;
+            }
+            let is_news = term > inner.spoken.term;
+            if is_news || (term == inner.spoken.term && !inner.synced) {
+                inner.follow(term, stamp);
             }
         });
     }
@@ -217,11 +239,13 @@ impl ClusterClock {
     /// Takes note of what the leader of `term` said: unless a later one has spoken, its time is
     /// the cluster's.
     pub(crate) fn follow(&self, node: u64, term: u64, heard: Option<&peer::Clock>) {
-        self.hear(node, heard, |inner, stamp, knows| {
-            if knows {
+        self.hear(node, heard, |inner, stamp, _| {
+            // What deposes this node is heard here before anywhere else.
+            if inner.leading.is_some_and(|leading| leading < term) {
+                inner.resign();
+            }
+            if inner.leading.is_none() {
                 inner.follow(term, stamp);
-            } else if !inner.synced {
-                inner.raise(stamp);
             }
         });
         let at = self.monotonic();
@@ -242,15 +266,24 @@ impl ClusterClock {
         self.lock().heard.iter().map(|(node, heard)| (*node, heard.at)).collect()
     }
 
+    /// `take` is called with a word of somebody who knows the time, and the term on which it rests.
     fn hear(
         &self,
         node: u64,
         clock: Option<&peer::Clock>,
-        take: impl FnOnce(&mut Inner, Stamp, bool),
+        take: impl FnOnce(&mut Inner, Stamp, u64),
     ) {
         let Some(clock) = clock else { return };
         let mut inner = self.lock();
         self.run(&mut inner);
+        // What a peer says of its own clocks is evidence, whatever it makes of the time.
+        let heard = Heard {
+            wall: clock.wall,
+            is_synchronised: clock.wall_synchronised,
+            kept: (clock.kept > 0).then_some(clock.kept),
+            at: inner.at,
+        };
+        inner.heard.insert(node, heard);
         let stamp = Stamp { time: Timestamp(clock.time), steady: Timestamp(clock.steady) };
         if inner.is_garbled(stamp, self.clock.wall()) {
             let is_first = inner.garbled.insert(node);
@@ -266,15 +299,8 @@ impl ClusterClock {
             return;
         }
         inner.garbled.remove(&node);
-        let heard = Heard {
-            wall: clock.wall,
-            is_synchronised: clock.wall_synchronised,
-            kept: (clock.kept > 0).then_some(clock.kept),
-            at: inner.at,
-        };
-        inner.heard.insert(node, heard);
-        if !inner.leading {
-            take(&mut inner, stamp, clock.synced);
+        if clock.synced {
+            take(&mut inner, stamp, clock.term);
         }
     }
 
@@ -292,6 +318,7 @@ impl ClusterClock {
             wall: self.clock.wall(),
             wall_synchronised,
             kept: kept.unwrap_or(0),
+            term: inner.leading.unwrap_or(inner.spoken.term),
         }
     }
 
@@ -306,13 +333,16 @@ impl ClusterClock {
         }
     }
 
-    /// Begins to lead. Returns how time goes on, if this node had lost count; `voters` are the sets
-    /// of which a majority each decides.
-    pub(crate) fn begin_leading(&self, voters: &[BTreeSet<u64>]) -> Option<Beginning> {
+    /// Begins to lead, or goes on. Returns how time goes on, if this node had lost count; `voters`
+    /// are the sets of which a majority each decides.
+    pub(crate) fn begin_leading(&self, term: u64, voters: &[BTreeSet<u64>]) -> Option<Beginning> {
         let mut inner = self.lock();
         self.run(&mut inner);
-        if !inner.leading {
-            inner.leading = true;
+        if inner.spoken.term > term {
+            return None;
+        }
+        if inner.leading != Some(term) {
+            inner.leading = Some(term);
             inner.slewable = 0;
         }
         if inner.synced {
@@ -335,18 +365,16 @@ impl ClusterClock {
     pub(crate) fn end_leading(&self) {
         let mut inner = self.lock();
         self.run(&mut inner);
-        inner.leading = false;
-        inner.is_missing_evidence = false;
+        inner.resign();
     }
 
     /// An operator says that it is at least `time`. Returns by how much time leaps; `None` if this
-    /// node does not lead, or does not know the time.
+    /// node does not lead. A leader that has not found the time itself knows it then.
     pub(crate) fn set_time(&self, time: Timestamp) -> Option<Duration> {
         let mut inner = self.lock();
         self.run(&mut inner);
-        if !inner.leading || !inner.synced {
-            return None;
-        }
+        inner.leading?;
+        inner.synced = true;
         inner.is_missing_evidence = false;
         let leap = time.0.saturating_mul(1000).saturating_sub(inner.time);
         inner.time += leap;
@@ -373,7 +401,7 @@ impl ClusterClock {
                 )
             })
             .collect();
-        if !inner.leading {
+        if inner.leading.is_none() {
             return warnings;
         }
         let own = Heard {
@@ -434,19 +462,28 @@ impl Inner {
 
     fn follow(&mut self, term: u64, stamp: Stamp) {
         let (mut time, mut steady) = in_micros(stamp);
-        match self.spoken {
-            Some(spoken) if spoken.term > term => return,
-            // Within its term a leader's time only grows; a message that was overtaken says less.
-            Some(spoken) if spoken.term == term => {
-                time = time.max(spoken.time);
-                steady = steady.max(spoken.steady);
-            }
-            _ => {}
+        if self.spoken.term > term {
+            return;
         }
-        self.spoken = Some(Spoken { term, time, steady });
+        if self.spoken.term == term {
+            // Within its term a leader's time only grows; a message that was overtaken says less.
+            time = time.max(self.spoken.time);
+            steady = steady.max(self.spoken.steady);
+        }
+        self.spoken = Spoken { term, time, steady };
         self.time = self.floor_time.max(time);
         self.steady = self.floor_steady.max(steady);
         self.synced = true;
+    }
+
+    /// Leads no more: what this node said in its term is a leader's word like any other.
+    fn resign(&mut self) {
+        if let Some(term) = self.leading.take()
+            && self.synced
+        {
+            self.spoken = Spoken { term, time: self.time, steady: self.steady };
+        }
+        self.is_missing_evidence = false;
     }
 
     /// Whether nobody who counts right can have come to `stamp`. Steady time never gains on time.
@@ -491,7 +528,7 @@ impl Inner {
         let synchronised =
             self.fresh(own_id, own, |heard| heard.is_synchronised.then_some(heard.wall));
         let walls = decide(&self.fresh(own_id, own, |heard| Some(heard.wall)), voters)?;
-        let (time, evidence) = if self.floor_time == 0 {
+        let (time, evidence) = if self.is_new {
             (walls, Evidence::New)
         } else if let Some(kept) = kept {
             (kept, Evidence::Kept)

@@ -5,6 +5,10 @@
 //! much has everything that was acknowledged until then. A leader that was cut off goes on sending
 //! heartbeats to those who are cut off with it, and says in each that its majority is silent.
 //!
+//! When a majority last confirmed is openraft's to say, which dates an answer by the newest empty
+//! append under way: a leader that was stopped and goes on may overrate itself for one round. So
+//! this bounds ages well enough for a cache, and is no barrier.
+//!
 //! Ages are told by the clock of the node that reads, from when it took the heartbeat; the time
 //! that one was on its way, or lay unread while the node was stopped, is not known to it.
 

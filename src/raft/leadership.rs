@@ -101,7 +101,7 @@ impl Leadership {
                 .collect(),
         };
         if leads {
-            self.begin_leading(&view.voters);
+            self.begin_leading(&view);
         } else {
             self.clock.end_leading();
         }
@@ -126,12 +126,13 @@ impl Leadership {
     pub(crate) fn find_time(&self) {
         let view = self.view();
         if view.route == Route::Local && !self.clock.is_synced() {
-            self.begin_leading(&view.voters);
+            self.begin_leading(&view);
         }
     }
 
-    fn begin_leading(&self, voters: &[BTreeSet<u64>]) {
-        let Some(Beginning { leap, evidence }) = self.clock.begin_leading(voters) else { return };
+    fn begin_leading(&self, view: &View) {
+        let beginning = self.clock.begin_leading(view.term, &view.voters);
+        let Some(Beginning { leap, evidence }) = beginning else { return };
         let leap = format_args!("{} s", leap.as_secs_f64());
         match evidence {
             Evidence::New => {

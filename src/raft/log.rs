@@ -154,6 +154,16 @@ impl LogStore {
         shared.vote.is_none() && shared.last.is_none()
     }
 
+    /// The term of the last entry; zero without one.
+    pub(crate) fn last_term(&self) -> u64 {
+        self.lock().last.map_or(0, |last| super::types::term_of(&last))
+    }
+
+    /// As far as the log knows by itself.
+    pub(crate) fn committed_index(&self) -> Option<u64> {
+        self.lock().committed.map(|committed| committed.index)
+    }
+
     pub(crate) fn vote(&self) -> Option<Vote> {
         self.lock().vote
     }
@@ -168,8 +178,8 @@ impl LogStore {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Refuses what a leader asks whose log lacks committed entries, which no vote can bring about: a
-    /// disk, or an old copy of one, must have. It has another entry at `index` than this node.
+    /// Refuses what a leader asks whose log lacks committed entries, which no vote can bring about:
+    /// a disk, or an old copy of one, must have. It has another entry at `index` than this node.
     fn check_contradiction(&self, index: u64) -> io::Result<()> {
         let shared = self.lock();
         let indexes = [shared.committed, shared.purged].map(|log_id| log_id.map(|id| id.index));

@@ -137,6 +137,11 @@ impl Core {
         self.applied.borrow().next_index
     }
 
+    /// Whether the node is a member, as far as the log is applied.
+    pub(crate) fn is_member(&self, node: u64) -> bool {
+        self.lock().membership.membership().get_node(&node).is_some()
+    }
+
     /// Where in the log the membership stands, as far as it is applied.
     pub(crate) fn membership(&self) -> Option<LogId> {
         self.applied.borrow().membership
@@ -400,7 +405,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             ));
         }
         tracing::info!(index = boundary.index(), sessions = state.sessions(), "snapshot installed");
+        let stamp = state.clock();
         self.core.install(boundary, state, snapshot.clone());
+        self.clock.observe_stamp(stamp);
         self.checkpointer.installed(snapshot);
         Ok(())
     }

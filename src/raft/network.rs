@@ -347,9 +347,14 @@ impl Network {
     }
 
     /// What a leader says of its majority, in milliseconds, where its commit proves something: it is
-    /// of its own term. The leader takes itself at its word.
-    fn quorum_silence(&self, rpc: &AppendEntriesRequest<TypeConfig>) -> Option<u64> {
-        let silence = self.peers.freshness.quorum_silence()?;
+    /// of its own term. The leader takes itself at its word. The commit may be that of a heartbeat
+    /// interval before, if this heartbeat has waited for the one before it.
+    fn quorum_silence(
+        &self,
+        rpc: &AppendEntriesRequest<TypeConfig>,
+        heartbeat_interval: Duration,
+    ) -> Option<u64> {
+        let silence = self.peers.freshness.quorum_silence()? + heartbeat_interval;
         let commit =
             rpc.leader_commit.filter(|commit| term_of(commit) == rpc.vote.leader_id.term)?;
         self.peers.freshness.hear(self.peers.clock.monotonic(), commit.index + 1, silence);
@@ -361,7 +366,7 @@ impl Network {
         rpc: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> RpcResult<AppendEntriesResponse<TypeConfig>> {
-        let quorum_silence = self.quorum_silence(&rpc);
+        let quorum_silence = self.quorum_silence(&rpc, option.hard_ttl());
         let heartbeat = self.peers.heartbeat_out(self.header(), &rpc, quorum_silence);
         let mut request = tonic::Request::new(heartbeat);
         request.set_timeout(option.hard_ttl());
@@ -616,13 +621,13 @@ mod tests {
     #[test]
     fn whoever_tells_others_of_a_commit_knows_of_it() {
         use crate::clock::SystemClock;
-        use crate::state::Stamp;
+        use crate::raft::clock::Found;
         use crate::storage::file::RealFiles;
         use crate::storage::wal::WalOptions;
 
         let directory = tempfile::tempdir().unwrap();
         let wal = Wal::open(Arc::new(RealFiles), directory.path(), WalOptions::default());
-        let clock = Arc::new(ClusterClock::new(1, Arc::new(SystemClock), Stamp::default(), None));
+        let clock = Arc::new(ClusterClock::new(1, Arc::new(SystemClock), Found::default(), None));
         let identity = Identity { cluster_id: 1, node_id: 1, incarnation: 1 };
         let (levels, freshness) = (Levels::new(FEATURE_LEVEL), Arc::default());
         let (wal, election_timeout) = (wal.unwrap().0, Duration::from_millis(500));

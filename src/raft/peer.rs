@@ -191,6 +191,8 @@ impl PeerService for PeerServer {
             leader_commit: request.leader_commit.map(log_id_in),
             entries: Vec::new(),
         };
+        // What it says was true when it came, however long it takes to answer.
+        let heard_at = replica.clock.monotonic();
         let response = replica
             .raft
             .append_entries(rpc)
@@ -201,7 +203,7 @@ impl PeerService for PeerServer {
             && !matches!(response, AppendEntriesResponse::HigherVote(_))
         {
             let silence = Duration::from_millis(silence);
-            replica.freshness.hear(replica.clock.monotonic(), commit.index + 1, silence);
+            replica.freshness.hear(heard_at, commit.index.saturating_add(1), silence);
         }
         let result = match response {
             AppendEntriesResponse::Success => Ok(prev_log_id),

@@ -10,7 +10,7 @@ use openraft::{Config, Instant as _, SnapshotPolicy};
 
 use super::barrier::{BarrierParts, Barriers};
 use super::checkpointer::{CheckpointPolicy, Checkpointer, CheckpointerParts};
-use super::clock::ClusterClock;
+use super::clock::{ClusterClock, Found};
 use super::convert::{log_id_in, record_in};
 use super::exchange::Exchanges;
 use super::freshness::Freshness;
@@ -26,7 +26,7 @@ use super::supervisor::Supervisor;
 use super::sweeper::Sweeper;
 use super::ticker;
 use super::timekeeper;
-use super::types::{EntryPayload, Member, Raft};
+use super::types::{EntryPayload, LogId, Member, Raft, term_of};
 use crate::clock::Clock;
 use crate::proto::peer;
 use crate::state::{self, Stamp, Timestamp};
@@ -132,12 +132,12 @@ impl Replica {
             recover(&parts.paths, parts.has_log, supervisor.thread_watch())?;
         let log = LogStore::new(wal.clone(), &recovered).map_err(RecoveryError::new)?;
         let durable = log.durable();
-        let highest = highest_stamp(&wal, &recovered, state.as_ref().map(|(_, s)| s.clock()))?;
+        let found = find_time(&wal, &recovered, &log, state.as_ref().map(|(_, s)| s.clock()))?;
         let core = Core::new(state, replace_with);
         let time_note = parts.paths.time;
         let kept = timekeeper::recall(&time_note, &*parts.clock);
         let own_id = parts.identity.node_id;
-        let clock = Arc::new(ClusterClock::new(own_id, parts.clock.clone(), highest, kept));
+        let clock = Arc::new(ClusterClock::new(own_id, parts.clock.clone(), found, kept));
         let snapshots = parts.paths.snapshots;
         let (snapshot_due, mut snapshots_due) = tokio::sync::mpsc::channel::<()>(1);
         let machine_clock = parts.clock.clone();
@@ -263,7 +263,10 @@ impl Replica {
     /// How old what this node has applied can be; `None` while it cannot tell.
     pub(crate) fn staleness(&self) -> Option<Duration> {
         let view = self.leadership.view();
-        if view.route == Route::Local && view.peers.is_empty() {
+        // A sole voter knows all that was acknowledged once it has applied an entry of its term.
+        let is_sole_voter = view.voters.iter().flatten().all(|id| *id == self.identity.node_id);
+        let applied_term = self.core.last_applied().map(|log_id| term_of(&log_id));
+        if view.route == Route::Local && is_sole_voter && applied_term == Some(view.term) {
             return Some(Duration::ZERO);
         }
         let as_of = self.freshness.as_of(self.core.next_index())?;
@@ -286,6 +289,11 @@ impl Replica {
             .map(|(node, member)| (*node, member.clone()))
             .collect();
         if members.is_empty() { self.founders.clone() } else { members }
+    }
+
+    /// Where in the log the membership stands, whether it is committed or not.
+    fn membership(&self) -> Option<LogId> {
+        *self.raft.server_metrics().borrow_watched().membership_config.log_id()
     }
 
     /// The sets of voters; two while a membership change is under way.
@@ -330,8 +338,10 @@ impl Replica {
                 ));
             }
             Some(_) => {}
-            // One that has been added may be known to the sender before it is known here.
-            None if self.core.membership() < header.membership.map(log_id_in) => {}
+            // One that has been added may be known to the sender before it is known here, and one
+            // whose removal is not committed may be needed to commit it, or to undo it.
+            None if self.core.is_member(header.from_node) => {}
+            None if self.membership() < header.membership.map(log_id_in) => {}
             None => {
                 return Err(format!(
                     "node {} is no member of this cluster, and its membership is no newer than \
@@ -367,15 +377,18 @@ impl Replica {
     }
 }
 
-/// The highest stamp in the state and in the log behind it.
-fn highest_stamp(
+/// What the state, and the log behind it, say of the time.
+fn find_time(
     wal: &Wal,
     recovered: &crate::storage::wal::Recovered,
+    log: &LogStore,
     state: Option<Stamp>,
-) -> Result<Stamp, RecoveryError> {
-    let mut highest = state.unwrap_or_default();
-    let Some(last) = recovered.last_index else { return Ok(highest) };
-    // Stamps only grow along the log, so the last entry that has one has the highest.
+) -> Result<Found, RecoveryError> {
+    let committed = state.unwrap_or_default();
+    let mut found = Found { committed, highest: committed, term: log.last_term() };
+    let Some(last) = recovered.last_index else { return Ok(found) };
+    // Stamps grow along the log but for some milliseconds, so the last entry that has one has the
+    // highest, and the last of those that are committed theirs.
     for index in (recovered.first_index..=last).rev() {
         let records = wal.read(index..index + 1, 0).map_err(RecoveryError::new)?;
         let Some(record) = records.into_iter().next() else { break };
@@ -383,11 +396,14 @@ fn highest_stamp(
         if let EntryPayload::Normal(pack) = entry.payload {
             let entry = state::decode_entry(pack.0)
                 .map_err(|error| RecoveryError::new(format_args!("entry {index}: {error}")))?;
-            highest = highest.max(entry.stamp);
-            break;
+            found.highest = found.highest.max(entry.stamp);
+            if log.committed_index() >= Some(index) {
+                found.committed = found.committed.max(entry.stamp);
+                break;
+            }
         }
     }
-    Ok(highest)
+    Ok(found)
 }
 
 /// Ends when openraft does, of its own or because it was told to.

@@ -5,13 +5,12 @@ use std::sync::Arc;
 use openraft::testing::log::{StoreBuilder, Suite};
 
 use super::checkpointer::{CheckpointPolicy, Checkpointer, CheckpointerParts};
-use super::clock::ClusterClock;
+use super::clock::{ClusterClock, Found};
 use super::log::{Durable, LogStore};
 use super::machine::{Core, StateMachine};
 use super::recovery::{Recovery, StoragePaths, recover};
 use super::types::TypeConfig;
 use crate::clock::SystemClock;
-use crate::state::Stamp;
 use crate::storage::thread::ThreadWatch;
 
 struct Stores;
@@ -58,7 +57,7 @@ impl StoreBuilder<TypeConfig, LogStore, StateMachine, Guard> for Stores {
             snapshot_due: Box::new(|| {}),
         })
         .unwrap();
-        let clock = Arc::new(ClusterClock::new(1, Arc::new(SystemClock), Stamp::default(), None));
+        let clock = Arc::new(ClusterClock::new(1, Arc::new(SystemClock), Found::default(), None));
         let machine = StateMachine::new(core, clock, checkpointer.clone());
         let guard = Guard { checkpointer, _directory: directory };
         Ok((guard, log, machine))

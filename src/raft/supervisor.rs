@@ -95,6 +95,8 @@ impl Supervisor {
         // Made here, as a task may be ended before it runs for the first time.
         let mut absence = Absence { name, overseer: self.overseer.clone(), excused: false };
         let mut tasks = self.lock();
+        // Those that may end would otherwise be kept for as long as the node.
+        while tasks.set.try_join_next().is_some() {}
         let handle = tasks.set.spawn(async move {
             match AssertUnwindSafe(task).catch_unwind().await {
                 Ok(()) => absence.ended(may_end),

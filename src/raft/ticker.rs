@@ -21,6 +21,10 @@ const RETRY_PAUSE: Duration = Duration::from_millis(10);
 /// Deadline of a Tick as a proposal; the next look proposes another.
 const TICK_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// The newest stamp in the log is not older than this: a node that starts anew, with a wall clock
+/// that is of no use, knows the time nearly as well by its log.
+const STAMP_AGE_MAX: Duration = Duration::from_secs(60);
+
 /// Runs for as long as the node lives; acts while it leads.
 pub(crate) async fn run(
     core: Arc<Core>,
@@ -39,11 +43,12 @@ pub(crate) async fn run(
             continue;
         }
         let now = clock.now();
-        let due_in = core.read(|state| state.due_in(now));
+        let (due_in, stamped) = core.read(|state| (state.due_in(now), state.clock()));
         let wait = due_in.map_or(LOOK_INTERVAL, |due_in| due_in.min(LOOK_INTERVAL));
-        // A new leader's time goes into the log at once: if it has leapt, others would otherwise
-        // have nothing but a leader's word for it.
-        let wait = if has_begun { wait } else { Duration::ZERO };
+        // A new leader's time goes into the log at once, and so does one that has leapt or has not
+        // been written for long: others have nothing else but a leader's word for it.
+        let is_old = now.time.since(stamped.time) > STAMP_AGE_MAX;
+        let wait = if has_begun && !is_old { wait } else { Duration::ZERO };
         // A Tick that is turned away is not tried again at once: that would starve all others.
         let wait = if wait.is_zero() && tick(&clock, &proposals).await {
             has_begun = true;

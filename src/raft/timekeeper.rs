@@ -48,7 +48,9 @@ pub(crate) async fn run(
                 monotonic_micros: u64::try_from(kept.at.as_micros()).unwrap_or(u64::MAX),
                 time_millis: kept.time.0,
             };
-            match note.save(&path) {
+            let file = path.clone();
+            let saving = tokio::task::spawn_blocking(move || note.save(&file));
+            match saving.await.map_err(std::io::Error::other).flatten() {
                 Ok(()) => {
                     noted = Some(kept);
                     has_failed = false;

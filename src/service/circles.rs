@@ -15,6 +15,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::error::{Error, ErrorKind};
@@ -154,7 +155,10 @@ impl Circles {
         let circles = self.clone();
         tokio::task::spawn_blocking(move || {
             let age = age(&view);
-            circles.finish(key, age, Placed::build(view).map(Arc::new));
+            // A panic ends this circle, and not those that wait in line behind it.
+            let built = catch_unwind(AssertUnwindSafe(|| Placed::build(view)));
+            let built = built.unwrap_or_else(|_| Err(Error::panicked()));
+            circles.finish(key, age, built.map(Arc::new));
         });
     }
 

@@ -303,21 +303,34 @@ fn closed(path: &Path, close: &Close) -> Result<PathBuf, DirectoryError> {
 }
 
 /// Closes to others whatever an earlier version, an administrator or a volume's driver left open.
+/// What cannot be looked at is not this node's, or gone: it is told of, and keeps no node from
+/// starting.
 fn close_all(root: &Path, close: &Close) -> io::Result<()> {
     let mut open = Vec::new();
     let mut directories = vec![root.to_owned()];
     while let Some(directory) = directories.pop() {
-        for entry in fs::read_dir(&directory)? {
+        let entries = match fs::read_dir(&directory) {
+            Err(error) if directory == root => return Err(error),
+            Err(_) => {
+                open.push(directory);
+                continue;
+            }
+            Ok(entries) => entries,
+        };
+        for entry in entries {
             let entry = entry?;
             let (path, name) = (entry.path(), entry.file_name());
             // Those three may be links to another disk. No other link is followed.
             let is_known =
                 directory == root && [WAL, SLED, SNAPSHOTS].map(OsStr::new).contains(&&*name);
-            if name == LOST_AND_FOUND || (entry.file_type()?.is_symlink() && !is_known) {
+            let is_link = entry.file_type().is_ok_and(|kind| kind.is_symlink());
+            if name == LOST_AND_FOUND || (is_link && !is_known) {
                 continue;
             }
-            if !close(&path)? {
-                open.push(path.clone());
+            match close(&path) {
+                Ok(true) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Ok(false) | Err(_) => open.push(path.clone()),
             }
             if path.is_dir() {
                 directories.push(path);

@@ -53,10 +53,12 @@ async fn nodes_work_and_stop_though_nobody_reads_what_they_say() {
         sessions.update(&created.id, Update::new().set("n", vec![election])).await.unwrap();
         for id in cluster.ids() {
             let direct = cluster.direct(id);
-            let read = eventually(&format!("node {id} reads"), async || {
+            let what = format!("node {id} reads");
+            let read = eventually(&what, async || {
                 direct.get(&created.id).await.map_err(|status| status.to_string())
-            });
-            let session = read.await.session.unwrap();
+            })
+            .await;
+            let session = read.session.unwrap();
             assert_eq!(session.attributes["n"].to_vec(), [election], "read from node {id}");
         }
     }

@@ -52,6 +52,8 @@ impl Notebook {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Ok((notebook, Floor::default()));
             }
+            // Larger than this version makes it: as good as a format that it does not know.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => Vec::new(),
             Err(error) => return Err(io_error("read", &notebook.path, error)),
         };
         let notes = bytes.chunks_exact(BLOCK_BYTES).map(decode);

@@ -199,6 +199,11 @@ impl Supply {
         }
     }
 
+    /// Whether `take` has a segment at once.
+    pub(super) fn has_spare(&self) -> bool {
+        !self.spares.is_empty()
+    }
+
     /// The next segment, waited for if need be. One that could not be prepared ahead of time is
     /// tried once more, as space may have been made since.
     pub(super) fn take(&mut self) -> Result<Arc<Segment>, WalError> {

@@ -203,7 +203,10 @@ impl Writer {
     /// Ends the log with a batch that binds nobody: proof that all before it was complete. It holds
     /// `committed`, if that has moved since. Then notes how far the log goes.
     fn seal(&mut self) -> Result<(), ()> {
-        if !self.sealed || !self.pending.is_empty() {
+        // A seal is not worth a segment that is yet to be made, perhaps on a disk that is full.
+        let has_room = self.position + batch::BLOCK_BYTES as u64 <= self.active().segment.length
+            || self.supply.has_spare();
+        if has_room && (!self.sealed || !self.pending.is_empty()) {
             self.write_batch()?;
         }
         self.note();
