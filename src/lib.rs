@@ -58,8 +58,9 @@
 //! 3. The query looks at the state in memory, of the node that was asked, and `wire` encodes the
 //!    answer. A read writes nothing; one that also touches the session may propose a command.
 //!
-//! A local read ([`raft::Node::read_local`]) skips step 2, or waits for a revision; if it bounds its
-//! age, that is told by what the node heard last from a leader with a majority (`raft::freshness`).
+//! A local read ([`raft::Node::read_local`]) skips step 2, or waits for a revision; if it bounds
+//! its age, that is told by what the node heard last from a leader with a majority
+//! (`raft::freshness`).
 //!
 //! # The life of a wait
 //!

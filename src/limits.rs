@@ -140,8 +140,8 @@ pub const CLIENT_CONNECTIONS_MAX: usize = 16_384;
 /// Connections of other nodes at once; each has a few.
 pub const PEER_CONNECTIONS_MAX: usize = 64;
 /// Files that are kept for log, checkpoints, snapshots and connections to other nodes; or half of
-/// all, if that is more, as the log grows with the state. Each segment takes two, and there are some
-/// forty before a snapshot lets the first ones go.
+/// all, if that is more, as the log grows with the state. Each segment takes two, and there are
+/// some forty before a snapshot lets the first ones go.
 pub const FILES_RESERVED_MIN: usize = 160;
 /// KeepAlive messages under way on one stream before the server stops reading from it; each may
 /// renew a thousand leases.

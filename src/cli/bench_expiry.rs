@@ -2,8 +2,9 @@
 //!
 //! Callers update sessions all the time. Their latencies are taken three times: while nothing else
 //! goes on, while the leases are granted and live, and from the deadline of the first until a
-//! second after that of the last one, which is when a cluster that keeps up has removed them all. Caveat: the leases' tombstones end a
-//! minute later, in the same bounded steps, and are not waited for.
+//! second after that of the last one, which is when a cluster that keeps up has removed them all.
+//! Caveat: the leases' tombstones end a minute later, in the same bounded steps, and are not waited
+//! for.
 
 use std::time::Duration;
 

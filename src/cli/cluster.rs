@@ -109,7 +109,8 @@ async fn set_time(
         NewTime::At(time) => Some(time),
     };
     if !arguments.yes {
-        let is = clock(&client.status(&leader).await?).map_or_else(|| "not known".into(), time_text);
+        let is = clock(&client.status(&leader).await?);
+        let is = is.map_or_else(|| "not known".to_owned(), time_text);
         let new = at.map_or_else(|| "the leader's wall clock".to_owned(), time_text);
         return Err(Failure::Usage(format!(
             "cluster time is {is} and would become {new}; sessions whose deadline lies before that \

@@ -235,8 +235,8 @@ impl Locks {
     ///
     /// # Errors
     ///
-    /// [`Error::LockNotHeld`] when the token does not hold it; [`Error::OutcomeUnknown`] where it may
-    /// have been this very call that broke it, over a connection that was lost.
+    /// [`Error::LockNotHeld`] when the token does not hold it; [`Error::OutcomeUnknown`] where it
+    /// may have been this very call that broke it, over a connection that was lost.
     pub async fn break_lock(
         &self,
         lock: &str,

@@ -405,7 +405,7 @@ fn an_elector_that_was_cut_off_with_an_earlier_leader_is_not_believed() {
     restarted.begin_leading(6, &voters(3));
     assert_eq!(restarted.now().steady, stamp.steady);
     // Whoever knows of term 5 is believed.
-    let (_, another) = node(3, START, START);
+    let (_, another) = node(3, START + HOUR, START);
     another.observe(1, Some(&old.announce()));
     another.observe(2, Some(&new.announce()));
     another.observe(1, Some(&old.announce()));

@@ -316,8 +316,8 @@ pub(crate) fn unsupported(path: &Path, error: &CodecError) -> io::Error {
     io::Error::new(io::ErrorKind::Unsupported, format!("{}: {error}", path.display()))
 }
 
-/// Reads a snapshot file into a state. Blocks for as long as that takes. `Unsupported` if it takes a
-/// later build.
+/// Reads a snapshot file into a state. Blocks for as long as that takes. `Unsupported` if it takes
+/// a later build.
 pub(crate) fn load_snapshot(file: &SnapshotFile) -> io::Result<(Boundary, State)> {
     let invalid = |error: &dyn std::fmt::Display| {
         io::Error::new(

@@ -346,9 +346,9 @@ impl Network {
         })
     }
 
-    /// What a leader says of its majority, in milliseconds, where its commit proves something: it is
-    /// of its own term. The leader takes itself at its word. The commit may be that of a heartbeat
-    /// interval before, if this heartbeat has waited for the one before it.
+    /// What a leader says of its majority, in milliseconds, where its commit proves something: it
+    /// is of its own term. The leader takes itself at its word. The commit may be that of a
+    /// heartbeat interval before, if this heartbeat has waited for the one before it.
     fn quorum_silence(
         &self,
         rpc: &AppendEntriesRequest<TypeConfig>,

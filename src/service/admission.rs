@@ -10,7 +10,8 @@
 //! - A share of the answers is a small part of what is free. So there is room for those who take
 //!   their answers, however much a few dozen others leave lying.
 //! - When these are so many that room becomes short all the same, the one that holds the most and
-//!   has taken nothing for [`STUCK_AFTER`] is closed, one after the other until it is short no more.
+//!   has taken nothing for [`STUCK_AFTER`] is closed, one after the other until it is short no
+//!   more.
 //! - What waits on a connection is admitted in its order.
 
 use std::collections::VecDeque;

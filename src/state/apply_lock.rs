@@ -175,8 +175,8 @@ impl State {
         Err(self.token_not_held(*token, resend))
     }
 
-    /// The answer to a command on a token that holds nothing, which no lease remembers. A token that
-    /// was never given out was never taken away either.
+    /// The answer to a command on a token that holds nothing, which no lease remembers. A token
+    /// that was never given out was never taken away either.
     fn token_not_held(&self, token: Revision, resend: bool) -> Rejection {
         self.not_found_by(resend && token <= self.revision, Rejection::LockNotHeld)
     }

@@ -261,8 +261,8 @@ pub enum Command {
         request: Request,
         /// The member: ring and name.
         member: MemberKey,
-        /// Only if it hangs from this lease. Without it, a resend that finds nobody of that name, or
-        /// somebody who has joined since, is answered `OutcomeUnknown`.
+        /// Only if it hangs from this lease. Without it, a resend that finds nobody of that name,
+        /// or somebody who has joined since, is answered `OutcomeUnknown`.
         lease: Option<LeaseId>,
     },
     /// Removes what has expired, at most `EXPIRE_BATCH_MAX` records of it.

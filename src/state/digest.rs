@@ -15,8 +15,8 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::command::{Namespace, Revision, SessionKey};
 use super::level::FEATURE_LEVEL_BASE;
 
-/// Digest of a state's feature level, revision and records. Equal states have equal digests, whatever their
-/// histories.
+/// Digest of a state's feature level, revision and records. Equal states have equal digests,
+/// whatever their histories.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StateDigest(pub u64);
 

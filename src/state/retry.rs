@@ -54,8 +54,8 @@ impl State {
         Ok(())
     }
 
-    /// The answer to a command on `lock`, or on a member of a ring, that found nothing under what it
-    /// names, and which nobody would remember: refused, or in doubt where an earlier sending may
+    /// The answer to a command on `lock`, or on a member of a ring, that found nothing under what
+    /// it names, and which nobody would remember: refused, or in doubt where an earlier sending may
     /// have been what removed it.
     pub(super) fn not_found_by(&self, resend: bool, refusal: Rejection) -> Rejection {
         let doubted = resend && self.knows(RESENDS_ARE_DOUBTED);

@@ -3,7 +3,8 @@
 //! One task reads; each request goes straight into the service with a callback that puts the
 //! answer into the stream's outbox. A request is under way until its answer has left the outbox
 //! for the encoder; at the limit of their number, or without room to ask on the connection
-//! (`service::admission`), nothing more is read, and the client's sends are stopped by flow control.
+//! (`service::admission`), nothing more is read, and the client's sends are stopped by flow
+//! control.
 //!
 //! An Acquire that waits for its lock is counted apart until it is answered, and beyond a limit of
 //! its own it is refused. Were it under way, enough of them would keep the node from reading the

@@ -68,7 +68,8 @@ async fn a_lost_majority_is_told_by_who_is_left() {
     let local = cluster.cli(&["session", "get", &id, "--local"]).await;
     assert_eq!((local.code, &*local.stderr), (0, ""), "{local:?}");
 
-    // One that has just started has not heard of the cluster's time, which is no reason to form one.
+    // One that has just started has not heard of the cluster's time, which is no reason to form
+    // one.
     cluster.kill(left);
     cluster.spawn(left);
     eventually("the node answers", async || {

@@ -1,6 +1,7 @@
-//! Two versions in one cluster, as while it is upgraded: nodes go from one to the other and back and
-//! are killed, and each version leads in turn, while clients write through all nodes. Nodes of both
-//! make the same of every entry; once the feature level is raised, one of the older version halts.
+//! Two versions in one cluster, as while it is upgraded: nodes go from one to the other and back
+//! and are killed, and each version leads in turn, while clients write through all nodes. Nodes of
+//! both make the same of every entry; once the feature level is raised, one of the older version
+//! halts.
 //!
 //! `QUORATE_OLD_BINARY` names the binary of the version before.
 
