@@ -88,6 +88,8 @@ mod codec_test;
 #[cfg(test)]
 mod coordination_bulk_test;
 #[cfg(test)]
+mod coordination_steps_test;
+#[cfg(test)]
 mod coordination_test;
 #[cfg(test)]
 mod expiry_test;

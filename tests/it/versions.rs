@@ -63,7 +63,7 @@ async fn round(client: &Client, worker: u64) -> Result<(), Error> {
     let grant = locks.lock(&name).wait(Duration::from_secs(1)).acquire_for(lease).await?;
     let fenced = Update::new().set("m", "1").fence(&name, grant.token);
     sessions.update(&id, fenced).await?;
-    if worker % 3 == 0 {
+    if worker.is_multiple_of(3) {
         locks.break_lock(&name, grant.token, false).await?;
     } else {
         locks.release(&name, grant.token, Some(lease)).await?;
