@@ -296,7 +296,7 @@ impl Failure {
             (_, "LOCK_NOT_HELD") => Self::Final(Error::LockNotHeld { message }),
             (_, "FENCED") => Self::Final(Error::Fenced { message }),
             (_, "STILL_WAITING") => Self::Pending(Error::DeadlineExceeded { message }),
-            (Code::Unavailable, "NO_LEADER" | "NOT_INITIALIZED" | "TOO_STALE") => {
+            (Code::Unavailable, "NO_LEADER" | "NOT_INITIALIZED" | "HALTED" | "TOO_STALE") => {
                 Self::NotApplied {
                     error: Error::Unavailable { reason: owned, message },
                     delay,
@@ -393,10 +393,10 @@ mod tests {
     #[test]
     fn only_what_may_be_retried_is_not_final() {
         let failure = |code, reason| Failure::from_pipeline(pipeline_error(code, reason, &[]));
-        assert!(matches!(
-            failure(Code::Unavailable, "NO_LEADER"),
-            Failure::NotApplied { elsewhere: true, .. }
-        ));
+        for reason in ["NO_LEADER", "HALTED"] {
+            let failure = failure(Code::Unavailable, reason);
+            assert!(matches!(failure, Failure::NotApplied { elsewhere: true, .. }), "{reason}");
+        }
         assert!(matches!(failure(Code::Unavailable, "SHUTTING_DOWN"), Failure::Unknown(_)));
         assert!(matches!(failure(Code::DeadlineExceeded, ""), Failure::Unknown(_)));
         assert!(matches!(
