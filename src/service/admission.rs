@@ -12,9 +12,10 @@
 //! - When these are so many that room becomes short all the same, the one that holds the most and
 //!   has taken nothing for [`STUCK_AFTER`] is closed, one after the other until it is short no
 //!   more.
-//! - What waits on a connection is admitted in its order.
+//! - What waits on a connection is admitted in its order, and a few reads at a time, so that those
+//!   for which room is made at once do not keep the node from everything else.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -39,8 +40,10 @@ const EXCESS: usize = 16;
 const ATTEND_INTERVAL: Duration = Duration::from_millis(25);
 /// Room is short when less than this part of the limit is free.
 const SHORT_OF: usize = 8;
-/// Who holds less is not in anybody's way.
-const STUCK_BYTES_MIN: usize = 256 * 1024;
+/// Reads that are admitted, and bytes that they find, before others have their turn: some
+/// milliseconds' work.
+const TURN_READS_MAX: usize = 8;
+const TURN_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// How long a connection may take nothing while room is short.
 const STUCK_AFTER: Duration = Duration::from_secs(2);
 
@@ -234,16 +237,25 @@ impl Admission {
                 }
                 () = self.changed.notified() => {}
             }
-            self.attend();
+            if self.attend() {
+                self.changed.notify_one();
+                tokio::task::yield_now().await;
+            }
         }
     }
 
-    /// Admits those who wait, as far as there is room.
-    fn attend(&self) {
-        let listed = std::mem::take(&mut *lock(&self.waiting));
-        for share in listed {
+    /// Admits those who wait, as far as there is room and for one turn. Returns whether that may
+    /// not have been all.
+    fn attend(&self) -> bool {
+        let mut turn = Turn::default();
+        let listed = lock(&self.waiting).len();
+        for _ in 0..listed {
+            if turn.is_over() {
+                break;
+            }
+            let Some(share) = lock(&self.waiting).pop_front() else { break };
             share.is_listed.store(false, Ordering::Release);
-            share.admit_parked();
+            share.admit_parked(&mut turn);
             if share.asks.load(Ordering::Acquire) && share.has_room_to_ask() {
                 share.asks.store(false, Ordering::Release);
                 share.may_ask.notify_waiters();
@@ -254,6 +266,7 @@ impl Admission {
         }
         let waiting = lock(&self.waiting);
         self.anybody_waits.store(!waiting.is_empty(), Ordering::Release);
+        turn.is_over() && !waiting.is_empty()
     }
 
     /// Answers those who have waited until their deadline.
@@ -273,13 +286,14 @@ impl Admission {
     }
 
     fn close_stuck(&self, watch: &mut StuckWatch, now: Duration) {
-        let is_short = self.answers.free() < self.answers.limit / SHORT_OF;
+        if self.answers.free() >= self.answers.limit / SHORT_OF {
+            watch.seen.clear();
+            return;
+        }
         let shares: Vec<_> = lock(&self.shares).iter().filter_map(Weak::upgrade).collect();
-        let is_in_the_way = |share: &&Arc<Share>| {
-            is_short
-                && share.answers() >= STUCK_BYTES_MIN
-                && !share.is_closed.load(Ordering::Relaxed)
-        };
+        // However little each holds: there may be many.
+        let is_in_the_way =
+            |share: &&Arc<Share>| share.answers() > 0 && !share.is_closed.load(Ordering::Relaxed);
         let holding = shares.iter().filter(is_in_the_way);
         let seen = holding.map(|it| Holding {
             connection: Arc::as_ptr(it) as usize,
@@ -429,12 +443,29 @@ impl Share {
         over
     }
 
-    fn admit_parked(&self) {
-        while self.has_room() {
+    fn admit_parked(&self, turn: &mut Turn) {
+        while self.has_room() && !turn.is_over() {
             let Some(parked) = lock(&self.parked).pop_front() else { return };
             self.parked_count.fetch_sub(1, Ordering::AcqRel);
+            let before = self.answers();
             self.admission.run_parked(parked, Ok(()));
+            turn.reads += 1;
+            turn.bytes += self.answers().saturating_sub(before);
         }
+    }
+}
+
+/// What has been admitted without a pause.
+#[derive(Default)]
+struct Turn {
+    reads: usize,
+    /// Those of their answers.
+    bytes: usize,
+}
+
+impl Turn {
+    fn is_over(&self) -> bool {
+        self.reads >= TURN_READS_MAX || self.bytes >= TURN_BYTES_MAX
     }
 }
 
@@ -449,23 +480,25 @@ struct Holding {
 /// Tells who has taken nothing for too long.
 #[derive(Default)]
 struct StuckWatch {
-    /// What was seen last, and since when it is so.
-    seen: Vec<(Holding, Duration)>,
+    /// How often each connection had taken something when it was seen last, and since when that
+    /// is so.
+    seen: HashMap<usize, (u64, Duration)>,
 }
 
 impl StuckWatch {
     /// The one that holds the most of those.
     fn stuck(&mut self, holding: Vec<Holding>, now: Duration) -> Option<usize> {
         let before = std::mem::take(&mut self.seen);
-        self.seen.extend(holding.into_iter().map(|it| {
-            let is_it = |(other, _): &&(Holding, Duration)| {
-                (other.connection, other.taken) == (it.connection, it.taken)
-            };
-            let since = before.iter().find(is_it).map_or(now, |(_, since)| *since);
-            (it, since)
+        self.seen.extend(holding.iter().map(|it| {
+            let same = before.get(&it.connection).filter(|(taken, _)| *taken == it.taken);
+            (it.connection, (it.taken, same.map_or(now, |(_, since)| *since)))
         }));
-        let stuck = self.seen.iter().filter(|(_, since)| now.saturating_sub(*since) >= STUCK_AFTER);
-        stuck.max_by_key(|(it, _)| it.bytes).map(|(it, _)| it.connection)
+        let is_stuck = |it: &&Holding| {
+            let (_, since) = self.seen[&it.connection];
+            now.saturating_sub(since) >= STUCK_AFTER
+        };
+        let stuck = holding.iter().filter(is_stuck).max_by_key(|it| it.bytes);
+        stuck.map(|it| it.connection)
     }
 }
 
@@ -587,6 +620,63 @@ mod tests {
     }
 
     #[test]
+    fn a_few_are_admitted_before_others_have_their_turn() {
+        let admission = small();
+        let shares = [share(&admission), share(&admission)];
+        let ran = Arc::new(Mutex::new(Vec::new()));
+        for (number, share) in shares.iter().enumerate() {
+            for _ in 0..2 * TURN_READS_MAX {
+                let ran = ran.clone();
+                share.park(LATER, move |_| lock(&ran).push(number));
+            }
+        }
+        for turn in 1..=4 {
+            assert_eq!(admission.attend(), turn < 4);
+            assert_eq!(lock(&ran).len(), turn * TURN_READS_MAX);
+        }
+        let firsts: Vec<_> = lock(&ran).chunks(TURN_READS_MAX).map(|turn| turn[0]).collect();
+        assert_eq!(firsts, [0, 1, 0, 1]);
+        assert!(!admission.anybody_waits.load(Ordering::Acquire));
+    }
+
+    #[test]
+    fn a_turn_ends_with_a_few_large_reads() {
+        let admission = Admission::new();
+        let share = share(&admission);
+        let ran = Arc::new(AtomicUsize::new(0));
+        for _ in 0..4 {
+            let (found, ran) = (share.clone(), ran.clone());
+            share.park(LATER, move |_| {
+                // More than its connection may hold while others hold much as well.
+                found.hold(Count::answers(TURN_BYTES_MAX));
+                ran.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        for turn in 1..=4 {
+            assert_eq!(admission.attend(), turn < 4);
+            assert_eq!(ran.load(Ordering::Relaxed), turn);
+            share.take(Count::answers(TURN_BYTES_MAX));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_one_turn_leaves_is_admitted_in_the_next() {
+        let admission = small();
+        let share = share(&admission);
+        let running = tokio::spawn(admission.clone().run(|| Duration::ZERO));
+        let (done, mut all) = tokio::sync::mpsc::unbounded_channel();
+        for number in 0..10 * TURN_READS_MAX {
+            let done = done.clone();
+            share.park(LATER, move |_| done.send(number).unwrap());
+        }
+        for number in 0..10 * TURN_READS_MAX {
+            let next = tokio::time::timeout(LATER, all.recv()).await;
+            assert_eq!(next.unwrap(), Some(number));
+        }
+        running.abort();
+    }
+
+    #[test]
     fn a_read_that_panics_ends_nobody_else() {
         let admission = small();
         let share = share(&admission);
@@ -654,5 +744,30 @@ mod tests {
         // That makes room, and there is no need for more.
         shares[0].release(Count::answers(100 * KIB * KIB - 1));
         assert_eq!((look(300), admission.stuck_connections()), (3, 3));
+    }
+
+    #[test]
+    fn those_who_take_nothing_are_closed_however_little_each_holds() {
+        let admission = Admission::new();
+        let closed = Arc::new(Mutex::new(Vec::new()));
+        let shares: Vec<_> = (0..600)
+            .map(|number| {
+                let closed = closed.clone();
+                admission.share(move || lock(&closed).push(number))
+            })
+            .collect();
+        shares.iter().for_each(|share| share.hold(Count::answers(255 * KIB)));
+        let reader = share(&admission);
+        let mut watch = StuckWatch::default();
+        for look in 0..1_000 {
+            admission.close_stuck(&mut watch, STUCK_AFTER * look);
+            for number in lock(&closed).drain(..) {
+                shares[number].release(Count::answers(255 * KIB));
+            }
+        }
+        assert!(reader.admits(), "{} bytes are left", admission.answers.free());
+        // No more than had to.
+        let left = shares.iter().filter(|share| share.answers() > 0).count();
+        assert!(left >= 448, "{left} are left");
     }
 }
