@@ -17,7 +17,7 @@ mod ring;
 mod session;
 
 pub use admission::{ASKED_WEIGHT, Admission, Count, Share};
-pub use caller::Caller;
+pub use caller::{Caller, Presence, Present};
 pub use cluster::Cluster;
 pub use error::{Error, ErrorKind};
 pub use lease::{

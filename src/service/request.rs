@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::admission::Share;
-use super::caller::Caller;
+use super::caller::{Caller, Presence};
 use super::error::Error;
 use crate::limits::{
     LOCK_WAIT_MAX, REQUEST_LIFETIME_MAX, REQUEST_SKEW_MAX, REQUEST_TIMEOUT_DEFAULT,
@@ -29,6 +29,8 @@ pub struct Call<'a> {
     pub caller: Caller,
     /// Where room for the answer comes from.
     pub share: &'a Arc<Share>,
+    /// Whether the answer is still waited for; `None` where it is made in any case.
+    pub presence: Option<&'a Presence>,
     /// Until when.
     pub deadline: Deadline,
 }
@@ -42,7 +44,7 @@ impl<'a> Call<'a> {
         timeout: Option<Duration>,
     ) -> Self {
         let timeout = timeout.unwrap_or(REQUEST_TIMEOUT_DEFAULT).min(CALL_TIMEOUT_MAX);
-        Self { caller, share, deadline: Deadline(node.monotonic() + timeout) }
+        Self { caller, share, presence: None, deadline: Deadline(node.monotonic() + timeout) }
     }
 
     /// A call that waits for a lock, for `wait` at most: it may take that much longer.
@@ -56,7 +58,12 @@ impl<'a> Call<'a> {
         let wait = wait.min(LOCK_WAIT_MAX);
         let timeout = timeout.unwrap_or(wait + REQUEST_TIMEOUT_DEFAULT);
         let timeout = timeout.min(wait + CALL_TIMEOUT_MAX);
-        Self { caller, share, deadline: Deadline(node.monotonic() + timeout) }
+        Self { caller, share, presence: None, deadline: Deadline(node.monotonic() + timeout) }
+    }
+
+    /// The same call, whose reads are made only while somebody waits for them.
+    pub fn while_present(self, presence: &'a Presence) -> Self {
+        Self { presence: Some(presence), ..self }
     }
 
     /// The same call, as far as its command has to be answered.
@@ -81,20 +88,42 @@ pub enum Consistency {
     },
 }
 
-/// A look at the state, and where the room for what it finds comes from.
+impl Consistency {
+    /// How old the state may be when a read that has waited for room looks at it. What was applied,
+    /// or confirmed by a barrier, stays so; age does not stop while a read waits.
+    fn max_staleness(self) -> Option<Duration> {
+        match self {
+            Self::Linearizable => None,
+            Self::Local { max_staleness, .. } => max_staleness,
+        }
+    }
+}
+
+/// A look at the state, where the room for what it finds comes from, and for whom it is.
 struct Look<F> {
     look: F,
     share: Arc<Share>,
+    presence: Option<Presence>,
 }
 
 impl<T, F: FnOnce(&State) -> T> Look<F> {
-    /// Looks, if there is room.
-    fn attempt(self, state: &State) -> Result<Result<T, Error>, Self> {
-        if self.share.admits() { Ok(self.take(state)) } else { Err(self) }
+    fn is_for_nobody(&self) -> bool {
+        self.presence.as_ref().is_some_and(Presence::is_over)
     }
 
-    /// A panic ends this read, and not whoever else waits for the same barrier.
+    /// Looks, if there is room.
+    fn attempt(self, state: &State) -> Result<Result<T, Error>, Self> {
+        if self.is_for_nobody() || self.share.admits() { Ok(self.take(state)) } else { Err(self) }
+    }
+
+    /// Looks, unless nobody waits for it any more: a client that goes leaves thousands behind, and
+    /// as nothing of theirs is held there would be room for all of them. A panic ends this read,
+    /// and not whoever else waits for the same barrier.
     fn take(self, state: &State) -> Result<T, Error> {
+        if self.is_for_nobody() {
+            // Nobody hears it.
+            return Err(Error::deadline_exceeded(false));
+        }
         catch_unwind(AssertUnwindSafe(|| (self.look)(state))).map_err(|_| {
             self.share.admission().note_panic();
             Error::panicked()
@@ -111,15 +140,15 @@ pub(super) fn read<T: 'static>(
     done: impl FnOnce(Result<T, Error>) + Send + 'static,
 ) {
     let (deadline, again) = (call.deadline.0, node.clone());
-    let look = Look { look, share: call.share.clone() };
+    let look = Look { look, share: call.share.clone(), presence: call.presence.cloned() };
     let attempt = move |state: &State| look.attempt(state);
     let done = move |looked: Result<Result<Result<T, Error>, Look<_>>, ReadError>| match looked {
         Ok(Ok(found)) => done(found),
-        // As fresh as it had to be, the state has been already, and it only becomes fresher.
+        // The revision has been reached and the barrier passed, which stays so.
         Ok(Err(look)) => look.share.clone().park(deadline, move |admitted| match admitted {
             Ok(()) => {
                 let take = move |state: &State| look.take(state);
-                again.read_local(0, None, deadline, take, |found| {
+                again.read_local(0, consistency.max_staleness(), deadline, take, |found| {
                     done(found.map_err(Error::from).flatten());
                 });
             }
@@ -200,5 +229,44 @@ impl RequestIds {
         }
         let id = if named { context.request_id } else { self.next() };
         Ok(Request { id, first_sent, expires })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::{Admission, Count, Present};
+
+    #[test]
+    fn nothing_is_looked_up_for_who_has_gone() {
+        let share = Admission::new().share(|| {});
+        let looks = AtomicU64::new(0);
+        let present = Present::new();
+        let look = || Look {
+            look: |_: &State| looks.fetch_add(1, Ordering::Relaxed),
+            share: share.clone(),
+            presence: Some(present.presence()),
+        };
+        let state = State::default();
+        assert!(matches!(look().attempt(&state), Ok(Ok(0))));
+        // Of two that come while there is no room, one looks before its client goes.
+        share.hold(Count::answers(usize::MAX / 2));
+        let waiting = [look(), look()].map(|look| look.attempt(&state).err().unwrap());
+        let late = look();
+        let [first, second] = waiting;
+        assert!(matches!(first.take(&state), Ok(1)));
+        drop(present);
+        assert!(second.take(&state).is_err());
+        assert!(matches!(late.attempt(&state), Ok(Err(_))));
+        assert_eq!(looks.load(Ordering::Relaxed), 2);
+    }
+
+    #[test]
+    fn a_read_that_waits_for_room_may_not_become_staler_than_it_was_asked_to_be() {
+        let bound = Some(Duration::from_secs(2));
+        let local = |max_staleness| Consistency::Local { min_revision: 7, max_staleness };
+        assert_eq!(local(bound).max_staleness(), bound);
+        assert_eq!(local(None).max_staleness(), None);
+        assert_eq!(Consistency::Linearizable.max_staleness(), None);
     }
 }

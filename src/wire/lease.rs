@@ -33,7 +33,7 @@ type Renewed = Result<v1::KeepAliveLeasesResponse, Status>;
 type Answers = mpsc::UnboundedSender<((Renewed, OwnedSemaphorePermit), Count)>;
 
 /// What renewing a lease counts for, from the request until its answer is taken, in bytes.
-const RENEWAL_WEIGHT: usize = 256;
+pub(super) const RENEWAL_WEIGHT: usize = 256;
 
 #[tonic::async_trait]
 impl LeaseService for LeaseServer {

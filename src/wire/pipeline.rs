@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
+use futures_util::{Stream, StreamExt as _};
 use tokio::sync::{Notify, mpsc};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -33,6 +33,7 @@ use super::convert::{
     update_in, updated_out,
 };
 use super::draining::Draining;
+use super::lease::RENEWAL_WEIGHT;
 use super::status::{empty_request, pipeline_error};
 use super::unary::share_of;
 use crate::limits::{PIPELINE_IN_FLIGHT_MAX, PIPELINE_WAITING_MAX};
@@ -41,7 +42,8 @@ use crate::proto::v1::pipeline_request::Request as Asked;
 use crate::proto::v1::pipeline_response::Response as Answer;
 use crate::proto::v1::pipeline_service_server::PipelineService;
 use crate::service::{
-    ASKED_WEIGHT, Call, Caller, Count, Error, Leases, Locks, Rings, Sessions, Share,
+    ASKED_WEIGHT, Call, Caller, Count, Error, Leases, Locks, Presence, Present, Rings, Sessions,
+    Share,
 };
 
 pub(super) struct Pipelines {
@@ -61,6 +63,7 @@ struct Flow {
     answers: mpsc::UnboundedSender<(v1::PipelineResponse, Count)>,
     room: Arc<Room>,
     share: Arc<Share>,
+    presence: Presence,
 }
 
 /// How full one stream is.
@@ -113,6 +116,7 @@ struct Due {
     flow: Arc<Flow>,
     correlation_id: u64,
     asked: usize,
+    waits: bool,
     is_sent: bool,
 }
 
@@ -120,7 +124,7 @@ impl Due {
     fn new(flow: Arc<Flow>, correlation_id: u64) -> Self {
         flow.room.under_way.fetch_add(1, Ordering::AcqRel);
         flow.share.hold(Count::asked(ASKED_WEIGHT));
-        Self { flow, correlation_id, asked: ASKED_WEIGHT, is_sent: false }
+        Self { flow, correlation_id, asked: ASKED_WEIGHT, waits: false, is_sent: false }
     }
 
     /// Counts for so much more, for what the request names.
@@ -131,14 +135,18 @@ impl Due {
 
     /// It waits, perhaps for long, and takes little room: there is a limit for such.
     fn begins_to_wait(&mut self) -> bool {
-        let may = self.flow.room.begins_to_wait();
-        if may {
+        self.waits = self.flow.room.begins_to_wait();
+        if self.waits {
             self.flow.share.release(Count::asked(std::mem::take(&mut self.asked)));
         }
-        may
+        self.waits
     }
 
+    /// If it waits, it is under way again.
     fn ends_to_wait(&mut self) {
+        if !std::mem::take(&mut self.waits) {
+            return;
+        }
         self.flow.room.ends_to_wait();
         self.flow.share.hold(Count::asked(ASKED_WEIGHT));
         self.asked = ASKED_WEIGHT;
@@ -154,16 +162,17 @@ impl Due {
     }
 
     fn send(mut self, mut answer: Answer) {
+        self.ends_to_wait();
         let share = &self.flow.share;
-        let bytes = found_bytes(&answer);
         let small = Count::asked(self.asked.min(ASKED_WEIGHT));
-        let count = if bytes <= ASKED_WEIGHT {
-            small
-        } else if share.can_hold(bytes) {
-            Count::answers(bytes)
-        } else {
-            answer = Answer::Error(pipeline_error(Error::unread_answers()));
-            small
+        let count = match found_bytes(&answer) {
+            None => Count::asked(self.asked),
+            Some(bytes) if bytes <= ASKED_WEIGHT => small,
+            Some(bytes) if share.can_hold(bytes) => Count::answers(bytes),
+            Some(_) => {
+                answer = Answer::Error(pipeline_error(Error::unread_answers()));
+                small
+            }
         };
         share.hold(Count::answers(count.answers));
         if self.asked > count.asked {
@@ -182,27 +191,42 @@ impl Due {
 impl Drop for Due {
     fn drop(&mut self) {
         if !self.is_sent {
+            self.ends_to_wait();
             self.flow.room.left();
             self.flow.share.release(Count::asked(self.asked));
         }
     }
 }
 
-/// What an answer counts for beyond what its request does, as those to writes are small.
-fn found_bytes(answer: &Answer) -> usize {
-    match answer {
+/// What a read found. `None` for a write, whose answer counts for what its request did: it has been
+/// applied, and there must be room for whoever has to learn of it.
+fn found_bytes(answer: &Answer) -> Option<usize> {
+    Some(match answer {
+        Answer::Error(_) => 0,
         Answer::GetSession(found) => found.weight(),
         Answer::BatchGetSessions(found) => found.weight(),
         Answer::ListSessions(found) => found.weight(),
         Answer::GetLease(found) => found.weight(),
         Answer::ListLeases(found) => found.weight(),
-        Answer::KeepAliveLeases(renewed) => renewed.weight(),
         Answer::GetLock(found) => found.weight(),
         Answer::ListLocks(found) => found.weight(),
         Answer::GetRing(found) => found.weight(),
         Answer::LocateKeys(found) => found.weight(),
-        _ => 0,
-    }
+        Answer::Hello(_)
+        | Answer::CreateSession(_)
+        | Answer::UpdateSession(_)
+        | Answer::TouchSession(_)
+        | Answer::DeleteSession(_)
+        | Answer::GrantLease(_)
+        | Answer::KeepAliveLeases(_)
+        | Answer::RevokeLease(_)
+        | Answer::AcquireLock(_)
+        | Answer::CancelAcquire(_)
+        | Answer::ReleaseLock(_)
+        | Answer::BreakLock(_)
+        | Answer::JoinRing(_)
+        | Answer::LeaveRing(_) => return None,
+    })
 }
 
 #[tonic::async_trait]
@@ -223,9 +247,15 @@ impl PipelineService for Pipelines {
         // The hello counts as well, as it leaves like an answer.
         let room = Arc::new(Room::holding(1));
         let encoding = Encoding::new(share.clone(), Count::default());
-        let flow = Arc::new(Flow { answers, room: room.clone(), share });
-        tokio::spawn(read(self.use_cases.clone(), requests, flow, self.draining.clone()));
+        let present = Present::new();
+        let presence = present.presence();
+        let flow = Arc::new(Flow { answers, room: room.clone(), share, presence });
+        let use_cases = self.use_cases.clone();
+        let dispatch = move |request, flow: &Arc<Flow>| dispatch(&use_cases, request, flow);
+        tokio::spawn(read(requests, flow, self.draining.clone(), dispatch));
         let outbound = Outbox::new(inbox, encoding.clone()).map(move |answer| {
+            // For as long as there is somebody for whom it flows.
+            let _: &Present = &present;
             room.left();
             Ok(answer)
         });
@@ -235,29 +265,33 @@ impl PipelineService for Pipelines {
     }
 }
 
-/// Reads requests until the client ends the stream or the node drains. The stream closes when the
-/// last request under way has dropped its handle on the flow.
+/// Reads requests until the client ends the stream or goes, or the node drains. The stream closes
+/// when the last request under way has dropped its handle on the flow.
 async fn read(
-    use_cases: UseCases,
-    mut requests: Streaming<v1::PipelineRequest>,
+    requests: impl Stream<Item = Result<v1::PipelineRequest, Status>>,
     flow: Arc<Flow>,
     mut draining: Draining,
+    dispatch: impl Fn(v1::PipelineRequest, &Arc<Flow>),
 ) {
+    let mut requests = std::pin::pin!(requests);
     let mut drained = std::pin::pin!(draining.begun());
+    // Of a client that goes while the stream is full, nothing else is heard.
+    let mut gone = std::pin::pin!(flow.answers.closed());
     loop {
         let is_full = flow.room.is_full();
         let next = async {
             flow.share.room_to_ask().await;
-            requests.message().await
+            requests.next().await
         };
         let request = tokio::select! {
             biased;
             request = next, if !is_full => request,
             () = flow.room.made.notified(), if is_full => continue,
+            () = &mut gone => return,
             () = &mut drained => return,
         };
-        let Ok(Some(request)) = request else { return };
-        dispatch(&use_cases, request, &flow);
+        let Some(Ok(request)) = request else { return };
+        dispatch(request, &flow);
     }
 }
 
@@ -280,7 +314,7 @@ fn begin(use_cases: &UseCases, request: v1::PipelineRequest, flow: &Arc<Flow>) {
         (Err(error), _) => return due().refuse(error),
         (_, None) => return due().refuse(empty_request()),
     };
-    if let Err(error) = serve(use_cases, &flow.share, timeout, asked, due()) {
+    if let Err(error) = serve(use_cases, flow, timeout, asked, due()) {
         due().refuse(error);
     }
 }
@@ -289,12 +323,14 @@ fn begin(use_cases: &UseCases, request: v1::PipelineRequest, flow: &Arc<Flow>) {
 /// answer.
 fn serve(
     use_cases: &UseCases,
-    share: &Arc<Share>,
+    flow: &Flow,
     timeout: Option<Duration>,
     asked: Asked,
     due: Due,
 ) -> Result<(), Error> {
-    let call = &Call::within(use_cases.sessions.node(), Caller, share, timeout);
+    let share = &flow.share;
+    let call = Call::within(use_cases.sessions.node(), Caller, share, timeout);
+    let call = &call.while_present(&flow.presence);
     match asked {
         Asked::CreateSession(_)
         | Asked::GetSession(_)
@@ -372,7 +408,7 @@ fn serve_session(
     Ok(())
 }
 
-fn serve_lease(leases: &Leases, call: &Call<'_>, asked: Asked, due: Due) -> Result<(), Error> {
+fn serve_lease(leases: &Leases, call: &Call<'_>, asked: Asked, mut due: Due) -> Result<(), Error> {
     match asked {
         Asked::GrantLease(request) => {
             leases.grant(call, grant_in(request)?, move |result| {
@@ -380,6 +416,7 @@ fn serve_lease(leases: &Leases, call: &Call<'_>, asked: Asked, due: Due) -> Resu
             });
         }
         Asked::KeepAliveLeases(request) => {
+            due.weigh(RENEWAL_WEIGHT * request.lease_ids.len());
             leases.renew(call, renew_in(request)?, move |result| {
                 due.answer(result, |it| Ok(Answer::KeepAliveLeases(renewed_out(it))));
             });
@@ -420,9 +457,6 @@ fn acquire(
         return Err(Error::too_many(what, PIPELINE_WAITING_MAX as u64));
     }
     locks.acquire(&call, acquire, move |result| {
-        if waits {
-            due.ends_to_wait();
-        }
         due.answer(result, |it| Ok(Answer::AcquireLock(acquired_out(&it))));
     });
     Ok(())
@@ -491,7 +525,9 @@ fn serve_ring(rings: &Rings, call: &Call<'_>, asked: Asked, mut due: Due) -> Res
 
 #[cfg(test)]
 mod tests {
+    use super::super::draining::draining;
     use super::*;
+    use crate::limits::ANSWER_BYTES_OF_NODE_MAX;
     use crate::service::Admission;
 
     type Inbox = mpsc::UnboundedReceiver<(v1::PipelineResponse, Count)>;
@@ -499,7 +535,8 @@ mod tests {
     fn flow(share: &Arc<Share>) -> (Arc<Flow>, Inbox) {
         let (answers, inbox) = mpsc::unbounded_channel();
         let room = Arc::new(Room::holding(0));
-        (Arc::new(Flow { answers, room, share: share.clone() }), inbox)
+        let presence = Present::new().presence();
+        (Arc::new(Flow { answers, room, share: share.clone(), presence }), inbox)
     }
 
     fn found(bytes: usize) -> Result<Answer, Error> {
@@ -542,6 +579,55 @@ mod tests {
         assert_eq!(share.admission().panics(), 1);
     }
 
+    #[tokio::test]
+    async fn a_full_stream_whose_client_goes_is_read_no_more() {
+        let share = Admission::new().share(|| {});
+        let (flow, inbox) = flow(&share);
+        let under_way: Vec<_> =
+            (0..PIPELINE_IN_FLIGHT_MAX as u64).map(|id| Due::new(flow.clone(), id)).collect();
+        let (_drain, draining) = draining();
+        let requests = futures_util::stream::pending();
+        let reading = tokio::spawn(read(requests, flow, draining, |_, _| {}));
+        under_way.into_iter().for_each(|due| due.refuse(Error::still_waiting()));
+        tokio::task::yield_now().await;
+        drop(Outbox::new(inbox, Encoding::new(share.clone(), Count::default())));
+        tokio::time::timeout(Duration::from_secs(10), reading).await.unwrap().unwrap();
+        assert_eq!(share.held(), Count::default());
+    }
+
+    #[test]
+    fn who_has_renewed_leases_learns_of_it_however_little_room_there_is() {
+        let share = Admission::new().share(|| {});
+        let (flow, mut inbox) = flow(&share);
+        share.hold(Count::answers(2 * ANSWER_BYTES_OF_NODE_MAX));
+        let mut due = Due::new(flow.clone(), 1);
+        due.weigh(1_000 * RENEWAL_WEIGHT);
+        let asked = share.held().asked;
+        let renewals = vec![v1::LeaseRenewal::default(); 1_000];
+        let renewed = v1::KeepAliveLeasesResponse { request_id: 1, revision: 1, renewals };
+        due.answer(Ok(()), |()| Ok(Answer::KeepAliveLeases(renewed)));
+        let (response, count) = inbox.try_recv().unwrap();
+        assert!(matches!(response.response, Some(Answer::KeepAliveLeases(_))));
+        assert_eq!((count, share.held().asked), (Count::asked(asked), asked));
+        // One that was refused takes no more room than any other.
+        let mut due = Due::new(flow, 2);
+        due.weigh(1_000 * RENEWAL_WEIGHT);
+        due.refuse(Error::still_waiting());
+        assert_eq!(inbox.try_recv().unwrap().1, Count::asked(ASKED_WEIGHT));
+    }
+
+    #[test]
+    fn what_is_given_up_while_it_waits_is_counted_once() {
+        let share = Admission::new().share(|| {});
+        let (flow, _inbox) = flow(&share);
+        let mut due = Due::new(flow.clone(), 1);
+        assert!(due.begins_to_wait());
+        drop(due);
+        assert_eq!(flow.room.under_way.load(Ordering::Acquire), 0);
+        assert_eq!(flow.room.waiting.load(Ordering::Acquire), 0);
+        assert_eq!(share.held(), Count::default());
+    }
+
     #[test]
     fn what_waits_for_a_lock_takes_no_room() {
         let share = Admission::new().share(|| {});
@@ -550,7 +636,6 @@ mod tests {
         assert!(due.begins_to_wait());
         assert_eq!(share.held(), Count::default());
         assert_eq!(flow.room.under_way.load(Ordering::Acquire), 0);
-        due.ends_to_wait();
         due.refuse(Error::still_waiting());
         assert_eq!(share.held(), Count::asked(ASKED_WEIGHT));
         assert_eq!(flow.room.under_way.load(Ordering::Acquire), 1);

@@ -9,7 +9,7 @@ use tonic::{Request, Response, Status};
 use super::answers::{COUNTED_MIN, Encoding, Weight, make};
 use super::status::status;
 use crate::raft::Node;
-use crate::service::{ASKED_WEIGHT, Call, Caller, Count, Error, Share};
+use crate::service::{ASKED_WEIGHT, Call, Caller, Count, Error, Presence, Present, Share};
 
 /// A `grpc-timeout`.
 pub(super) fn parse_timeout(text: &str) -> Option<Duration> {
@@ -42,6 +42,9 @@ pub(super) struct Asked {
     share: Arc<Share>,
     /// Less than the caller's, by the time that the answer takes.
     timeout: Option<Duration>,
+    /// Dropped with the call.
+    _present: Present,
+    presence: Presence,
 }
 
 impl Asked {
@@ -49,11 +52,14 @@ impl Asked {
         let timeout = request.metadata().get("grpc-timeout").and_then(|it| it.to_str().ok());
         let timeout = timeout.and_then(parse_timeout);
         let timeout = timeout.map(|timeout| timeout - (timeout / 4).min(ANSWER_MARGIN_MAX));
-        (Self { share: share_of(&request), timeout }, request.into_inner())
+        let present = Present::new();
+        let presence = present.presence();
+        let share = share_of(&request);
+        (Self { share, timeout, _present: present, presence }, request.into_inner())
     }
 
     pub(super) fn call(&self, node: &Node) -> Call<'_> {
-        Call::within(node, Caller, &self.share, self.timeout)
+        Call::within(node, Caller, &self.share, self.timeout).while_present(&self.presence)
     }
 
     /// A call that waits for a lock, for `wait` at most.
