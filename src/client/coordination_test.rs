@@ -139,6 +139,30 @@ async fn until(condition: impl Fn() -> bool) {
 }
 
 #[tokio::test]
+async fn a_message_whose_runtime_is_shut_down_is_under_way_no_more() {
+    let mut is_first = true;
+    let mock = Mock::start(1, move |count, request| match request {
+        Request::KeepAliveLeases(_) if std::mem::take(&mut is_first) => Action::Ignore,
+        request => serve(count, request),
+    })
+    .await;
+    let clock = Manual::new();
+    let client = connect(&mock, &clock).await;
+    let elsewhere = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let granting = client.clone();
+    let lease = elsewhere.spawn(async move { grant(&granting).await }).await.unwrap();
+    clock.advance(Duration::from_secs(3));
+    until(|| keep_alives(&mock).len() == 1).await;
+    assert_eq!(client.leases().renewals().under_way, 1);
+    elsewhere.shutdown_background();
+    until(|| client.leases().renewals().under_way == 0).await;
+    // Its lease goes with the next that is kept alive here.
+    let _here = grant(&client).await;
+    until(|| client.leases().renewals().renewed == 1).await;
+    assert_eq!(keep_alives(&mock)[1].lease_ids, [lease.id().to_string()]);
+}
+
+#[tokio::test]
 async fn leases_that_are_due_together_go_with_one_message() {
     let mock = Mock::start(1, serve).await;
     let clock = Manual::new();

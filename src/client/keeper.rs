@@ -244,13 +244,6 @@ impl Keeper {
         messages
     }
 
-    /// The message of this number has ended, after so long.
-    fn answered(&self, number: u64, took: Duration) {
-        let mut registry = self.lock();
-        registry.sent.remove(&number);
-        registry.slowest = registry.slowest.max(took);
-    }
-
     /// Nothing keeps this one alive any more.
     fn lose(&self, held: &Held) {
         if self.lock().remove(&held.key()) {
@@ -261,6 +254,40 @@ impl Keeper {
     fn lock(&self) -> MutexGuard<'_, Registry> {
         // Nothing panics while it holds the lock.
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A message under way. Should its task be dropped before it has ended, as when its runtime is shut
+/// down, it is under way no more, and its leases are as due as they were.
+struct UnderWay {
+    keeper: Arc<Keeper>,
+    number: u64,
+    leases: Vec<Arc<Held>>,
+}
+
+impl UnderWay {
+    fn begin(keeper: Arc<Keeper>, leases: Vec<Arc<Held>>, sent: Duration) -> Self {
+        let number = keeper.messages.fetch_add(1, Ordering::Relaxed);
+        keeper.lock().sent.insert(number, sent);
+        Self { keeper, number, leases }
+    }
+
+    /// It has ended, after so long: what becomes of its leases is for the caller to say.
+    fn end(mut self, took: Duration) -> Vec<Arc<Held>> {
+        let mut registry = self.keeper.lock();
+        registry.slowest = registry.slowest.max(took);
+        drop(registry);
+        std::mem::take(&mut self.leases)
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let mut registry = self.keeper.lock();
+        registry.sent.remove(&self.number);
+        for held in &self.leases {
+            registry.schedule(&held.key(), |schedule| schedule);
+        }
     }
 }
 
@@ -303,19 +330,18 @@ async fn renew(client: Client, leases: Vec<Arc<Held>>) {
     let keeper = client.keeper.clone();
     let clock = client.pool.time.clock().clone();
     let sent = clock.monotonic();
-    let number = keeper.messages.fetch_add(1, Ordering::Relaxed);
-    keeper.lock().sent.insert(number, sent);
-    let answered = exchange(&client, &leases).await;
+    let under_way = UnderWay::begin(keeper.clone(), leases, sent);
+    let answered = exchange(&client, &under_way.leases).await;
     let mut renewals: BTreeMap<LeaseId, Renewal> = match answered {
         Ok(renewals) => renewals.into_iter().map(|renewal| (renewal.id, renewal)).collect(),
         Err(error) => {
-            tracing::debug!(leases = leases.len(), %error, "could not renew");
+            tracing::debug!(leases = under_way.leases.len(), %error, "could not renew");
             keeper.failed.fetch_add(1, Ordering::Relaxed);
             BTreeMap::new()
         }
     };
     let now = clock.monotonic();
-    keeper.answered(number, now.saturating_sub(sent));
+    let leases = under_way.end(now.saturating_sub(sent));
     for held in &leases {
         let key = held.key();
         match renewals.remove(&held.id) {
