@@ -122,6 +122,12 @@ pub const ASKED_BYTES_OF_NODE_MAX: usize = 16 * 1024 * 1024;
 pub const ASKED_BYTES_OF_CONNECTION_MAX: usize = 4 * 1024 * 1024;
 /// What each connection may ask however much others do: some sixty requests.
 pub const ASKED_BYTES_OF_CONNECTION_MIN: usize = 32 * 1024;
+/// Bytes that a node holds of requests that have not come whole. Beyond, it refuses more. One
+/// connection may hold half of what is free, which is 85 MiB while it is alone: twenty of the
+/// largest requests at once.
+pub const INCOMING_BYTES_OF_NODE_MAX: usize = 256 * 1024 * 1024;
+/// What each connection may send however much others do.
+pub const INCOMING_BYTES_OF_CONNECTION_MIN: usize = 64 * 1024;
 /// Bytes that a node holds for answers that their connections have not taken yet. Beyond, reads
 /// wait.
 pub const ANSWER_BYTES_OF_NODE_MAX: usize = 128 * 1024 * 1024;

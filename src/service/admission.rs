@@ -4,7 +4,7 @@
 //! each for the node, and for its connection, whose part is its *share*. A read is evaluated only
 //! when there is room for what it finds; until then it waits as the few bytes that it is, and its
 //! barrier stays good, as the state only becomes newer. So that what waits never stands in the way
-//! of itself, what is asked and what is answered have limits of their own.
+//! of itself, what is asked and what is answered have limits of their own, as has what comes in.
 //!
 //! - A limit is exceeded by one answer, or one request, at most, on each thread that makes them.
 //! - A share of the answers is a small part of what is free. So there is room for those who take
@@ -27,7 +27,8 @@ use tokio::time::MissedTickBehavior;
 use super::error::Error;
 use crate::limits::{
     ANSWER_BYTES_OF_NODE_MAX, ANSWER_SHARE_OF_FREE, ASKED_BYTES_OF_CONNECTION_MAX,
-    ASKED_BYTES_OF_CONNECTION_MIN, ASKED_BYTES_OF_NODE_MAX,
+    ASKED_BYTES_OF_CONNECTION_MIN, ASKED_BYTES_OF_NODE_MAX, INCOMING_BYTES_OF_CONNECTION_MIN,
+    INCOMING_BYTES_OF_NODE_MAX,
 };
 
 /// What a request counts for while it is under way, in bytes, beside the names in it. An answer
@@ -92,6 +93,16 @@ impl Pot {
         }
     }
 
+    fn of_incoming() -> Self {
+        Self {
+            limit: INCOMING_BYTES_OF_NODE_MAX,
+            held: AtomicUsize::new(0),
+            part: 2,
+            share_most: INCOMING_BYTES_OF_NODE_MAX,
+            share_least: INCOMING_BYTES_OF_CONNECTION_MIN,
+        }
+    }
+
     fn of_answers() -> Self {
         Self {
             limit: ANSWER_BYTES_OF_NODE_MAX,
@@ -118,6 +129,8 @@ impl Pot {
 
 /// The room for answers of one node.
 pub struct Admission {
+    /// Of requests that have not come whole.
+    incoming: Pot,
     asked: Pot,
     answers: Pot,
     shares: Mutex<Vec<Weak<Share>>>,
@@ -133,6 +146,7 @@ pub struct Admission {
 /// One connection's part of the room.
 pub struct Share {
     admission: Arc<Admission>,
+    incoming: AtomicUsize,
     asked: AtomicUsize,
     answers: AtomicUsize,
     /// How often the connection has taken something.
@@ -163,6 +177,7 @@ impl Admission {
 
     fn within(asked: Pot, answers: Pot) -> Arc<Self> {
         Arc::new(Self {
+            incoming: Pot::of_incoming(),
             asked,
             answers,
             shares: Mutex::default(),
@@ -178,6 +193,7 @@ impl Admission {
     pub fn share(self: &Arc<Self>, close: impl Fn() + Send + Sync + 'static) -> Arc<Share> {
         let share = Arc::new(Share {
             admission: self.clone(),
+            incoming: AtomicUsize::new(0),
             asked: AtomicUsize::new(0),
             answers: AtomicUsize::new(0),
             taken: AtomicU64::new(0),
@@ -200,7 +216,7 @@ impl Admission {
 
     /// Bytes that are held for requests and answers.
     pub fn held_bytes(&self) -> usize {
-        self.asked.held() + self.answers.held()
+        self.incoming.held() + self.asked.held() + self.answers.held()
     }
 
     /// Connections that were closed because they did not take their answers.
@@ -364,6 +380,23 @@ impl Share {
     pub fn take(&self, count: Count) {
         self.taken.fetch_add(1, Ordering::Relaxed);
         self.release(count);
+    }
+
+    /// Counts what has come of a request that has not come whole, where so much counted before.
+    /// False if there is no room for more, which then counts for nothing.
+    pub fn receive(&self, before: usize, bytes: usize) -> bool {
+        let incoming = &self.admission.incoming;
+        if bytes > before {
+            if !incoming.has_room_for(self.incoming.load(Ordering::Relaxed)) {
+                return false;
+            }
+            self.incoming.fetch_add(bytes - before, Ordering::Relaxed);
+            incoming.held.fetch_add(bytes - before, Ordering::Relaxed);
+        } else if bytes < before {
+            self.incoming.fetch_sub(before - bytes, Ordering::Relaxed);
+            incoming.held.fetch_sub(before - bytes, Ordering::Relaxed);
+        }
+        true
     }
 
     /// Whether there is room for what a read finds.

@@ -197,6 +197,17 @@ impl Error {
         .retry_after(Duration::from_millis(100))
     }
 
+    /// Too many requests have come in part.
+    pub fn no_room_to_receive() -> Self {
+        Self::new(
+            ErrorKind::ResourceExhausted,
+            "OVERLOADED",
+            "the node has no room for more requests that have not come whole; send fewer large \
+             requests at once, and try again",
+        )
+        .retry_after(Duration::from_millis(100))
+    }
+
     /// The caller's time is over, and nothing has answered.
     pub fn deadline_exceeded(changes_something: bool) -> Self {
         let (reason, message) = if changes_something {

@@ -8,7 +8,8 @@
 //! - A call whose time is over is answered with our reason. tonic has a timer of its own for that,
 //!   around this one, which was set later and looks at this one first.
 //! - A panic in a call is that call's alone.
-//! - The bytes of an answer carry what they count for (`answers`).
+//! - The bytes of an answer carry what they count for (`answers`), and those of a request count
+//!   until it has come whole (`received`).
 
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,6 +26,7 @@ use tower_layer::Layer;
 use super::answers::counted;
 use super::lease::LeaseServer;
 use super::lock::LockServer;
+use super::received::received;
 use super::session::SessionServer;
 use super::status::status;
 use super::unary::parse_timeout;
@@ -81,6 +83,7 @@ impl Service<Request> for Fronted {
         let timeout = request.headers().get("grpc-timeout").and_then(|it| it.to_str().ok());
         let timeout = timeout.and_then(parse_timeout);
         let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let request = received(request);
         let path = request.uri().path();
         let changes_something = changes_something(path);
         let answer: BoxFuture<Response, Infallible> = if path.starts_with(SESSION_SERVICE) {

@@ -8,6 +8,7 @@ mod front;
 mod lease;
 mod lock;
 mod pipeline;
+mod received;
 mod ring;
 mod session;
 mod status;
@@ -18,6 +19,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
 
 use self::draining::Draining;
 use crate::accept::{AcceptPolicy, accept};
@@ -97,10 +100,10 @@ pub async fn serve(
     let use_cases = UseCases::new(&node)?;
     let admission = Admission::new();
     let (health, health_service) = tonic_health::server::health_reporter();
-    node.supervise("health", watch_health(node.clone(), health));
+    let (drain, draining) = draining::draining();
+    node.supervise("health", watch_health(node.clone(), health, draining.clone()));
     let clock = node.clone();
     node.supervise("admission", admission.clone().run(move || clock.monotonic()));
-    let (drain, draining) = draining::draining();
     let pipelines = pipeline::Pipelines::new(use_cases.clone(), draining.clone());
     let front = front(&use_cases, &admission, &draining);
     let policy = AcceptPolicy { port: "client", most: connections_max, replace_silent: None };
@@ -155,9 +158,9 @@ fn front(use_cases: &UseCases, admission: &Arc<Admission>, draining: &Draining) 
 }
 
 /// Keeps `grpc.health.v1` true: SERVING while the node belongs to a cluster, knows a leader and has
-/// applied what it knows to be committed.
-async fn watch_health(node: Arc<Node>, health: tonic_health::server::HealthReporter) {
-    use tonic_health::ServingStatus;
+/// applied what it knows to be committed, until it drains.
+async fn watch_health(node: Arc<Node>, mut health: HealthReporter, mut draining: Draining) {
+    let mut drained = std::pin::pin!(draining.begun());
     let mut last = None;
     loop {
         let status =
@@ -168,6 +171,48 @@ async fn watch_health(node: Arc<Node>, health: tonic_health::server::HealthRepor
                 health.set_service_status(service, status).await;
             }
         }
-        tokio::time::sleep(HEALTH_INTERVAL).await;
+        tokio::select! {
+            () = tokio::time::sleep(HEALTH_INTERVAL) => {}
+            () = &mut drained => break,
+        }
+    }
+    end_health(&mut health).await;
+    // It ends with the node.
+    std::future::pending().await
+}
+
+/// Says NOT_SERVING for good, and ends the streams of those who watch once they have heard it: as
+/// long as one is open, a node that drains waits for it.
+async fn end_health(health: &mut HealthReporter) {
+    for service in HEALTHY {
+        health.set_service_status(service, ServingStatus::NotServing).await;
+        health.clear_service_status(service).await;
+        health.set_service_status(service, ServingStatus::NotServing).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::StreamExt as _;
+    use tonic::Request;
+    use tonic_health::pb::HealthCheckRequest;
+    use tonic_health::pb::health_check_response::ServingStatus as Told;
+    use tonic_health::pb::health_server::Health as _;
+    use tonic_health::server::HealthService;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_watches_the_health_of_a_node_that_drains_is_told_and_let_go() {
+        let mut health = HealthReporter::new();
+        let service = HealthService::from_health_reporter(health.clone());
+        let asked = || Request::new(HealthCheckRequest::default());
+        let watched = service.watch(asked()).await.unwrap().into_inner();
+        end_health(&mut health).await;
+        let told = watched.map(|told| told.unwrap().status());
+        let told = tokio::time::timeout(Duration::from_secs(10), told.collect::<Vec<_>>()).await;
+        assert_eq!(told.unwrap().last(), Some(&Told::NotServing));
+        let checked = service.check(asked()).await.unwrap().into_inner();
+        assert_eq!(checked.status(), Told::NotServing);
     }
 }
