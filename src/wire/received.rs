@@ -1,9 +1,9 @@
 //! Requests on their way in: what has come of those that have not come whole.
 //!
-//! gRPC's decoder keeps what it has of a message until all of it is there. A message is small beside
-//! what a node can hold, but one connection may have thousands of calls. So these bytes count, for
-//! the node and for the connection, and a call for which there is no room is refused. A message that
-//! comes whole, as nearly all do, counts for nothing here.
+//! gRPC's decoder keeps what it has of a message until all of it is there. A message is small
+//! beside what a node can hold, but one connection may have thousands of calls. So these bytes
+//! count, for the node and for the connection, and a call for which there is no room is refused. A
+//! message that comes whole, as nearly all do, counts for nothing here.
 
 use std::pin::Pin;
 use std::sync::Arc;
