@@ -28,6 +28,9 @@ use crate::storage::envelope;
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
 /// How long one question may take.
 const ASK_TIMEOUT: Duration = Duration::from_secs(1);
+/// In place of the election timeout, for connections of formation: nothing is urgent here, and
+/// nodes that have just started on a busy machine may be slow.
+const PATIENCE: Duration = Duration::from_secs(4);
 /// Version of the envelope around a founding.
 const FOUNDING_VERSION: u8 = 1;
 
@@ -178,7 +181,7 @@ type Answers = BTreeMap<u64, Result<peer::IdentifyResponse, String>>;
 async fn ask_all(node: &Node, listed: &BTreeMap<u64, String>) -> Answers {
     let own = node.options.node_id;
     let questions = listed.iter().filter(|(id, _)| **id != own).map(|(id, address)| async move {
-        let answer = ask(own, *id, address, node.options.timeouts.election_timeout).await;
+        let answer = ask(own, *id, address).await;
         let answer = answer.and_then(|answer| {
             if answer.node_id == *id {
                 Ok(answer)
@@ -195,9 +198,8 @@ async fn ask(
     from_node: u64,
     to_node: u64,
     address: &str,
-    election_timeout: Duration,
 ) -> Result<peer::IdentifyResponse, String> {
-    let channel = connect(address, election_timeout).map_err(|error| error.to_string())?;
+    let channel = connect(address, PATIENCE).map_err(|error| error.to_string())?;
     let mut request = tonic::Request::new(peer::IdentifyRequest { from_node, to_node });
     request.set_timeout(ASK_TIMEOUT);
     let answer = client(channel).identify(request).await.map_err(|status| {
@@ -315,8 +317,7 @@ async fn adopt_all(node: &Node, founding: &Founding) -> Result<(), String> {
         if *id == node.options.node_id {
             continue;
         }
-        let channel = connect(&member.peer_address, node.options.timeouts.election_timeout)
-            .map_err(|error| error.to_string())?;
+        let channel = connect(&member.peer_address, PATIENCE).map_err(|error| error.to_string())?;
         let mut request = tonic::Request::new(peer::AdoptRequest {
             cluster_id_high: (founding.cluster_id >> 64) as u64,
             cluster_id_low: founding.cluster_id as u64,
