@@ -48,7 +48,7 @@ pub(crate) struct BenchArguments {
     #[arg(long)]
     unary: bool,
     /// How many callers at once
-    #[arg(long, default_value_t = 64, value_name = "NUMBER", value_parser = positive)]
+    #[arg(long, default_value_t = 64, value_name = "NUMBER", value_parser = up_to::<100_000>)]
     clients: usize,
     /// How long to measure
     #[arg(long, default_value = "10s", value_name = "TIME")]
@@ -58,17 +58,19 @@ pub(crate) struct BenchArguments {
     #[arg(long, default_value_t = 256, value_name = "BYTES")]
     value_size: usize,
     /// How many sessions the callers choose from
-    #[arg(long, default_value_t = 10_000, value_name = "NUMBER", value_parser = positive)]
+    #[arg(long, default_value_t = 10_000, value_name = "NUMBER")]
+    #[arg(value_parser = up_to::<10_000_000>)]
     sessions: usize,
     /// How many leases renew keeps alive, or expire lets end
-    #[arg(long, default_value_t = 1_000, value_name = "NUMBER", value_parser = positive)]
+    #[arg(long, default_value_t = 1_000, value_name = "NUMBER")]
+    #[arg(value_parser = up_to::<1_000_000>)]
     leases: usize,
     /// The time to live of those leases
     #[arg(long, default_value = "20s", value_name = "TIME")]
     #[arg(value_parser = argument::positive_duration)]
     ttl: Duration,
     /// Connections they share [default: one a caller, at most 8]
-    #[arg(long, value_name = "NUMBER", value_parser = positive)]
+    #[arg(long, value_name = "NUMBER", value_parser = up_to::<10_000>)]
     connections: Option<usize>,
     /// Print operations and errors of every second to standard error
     #[arg(long)]
@@ -116,10 +118,10 @@ impl Work {
     }
 }
 
-fn positive(text: &str) -> Result<usize, String> {
+fn up_to<const MAX: usize>(text: &str) -> Result<usize, String> {
     match text.parse() {
-        Ok(0) | Err(_) => Err("must be a number from 1 on".to_owned()),
-        Ok(number) => Ok(number),
+        Ok(number) if (1..=MAX).contains(&number) => Ok(number),
+        _ => Err(format!("must be a number from 1 to {MAX}")),
     }
 }
 

@@ -307,6 +307,8 @@ mod tests {
             ("quorate ring locate r k --count -1", ["--count", "from 1 to 1000"]),
             ("quorate lock exec n --ttl 0s -- true", ["--ttl", "1s to 1d"]),
             ("quorate lease list --limit -1", ["--limit", "from 1 on"]),
+            ("quorate bench --clients 99999999999", ["--clients", "from 1 to 100000"]),
+            ("quorate bench --sessions 99999999999", ["--sessions", "from 1 to 10000000"]),
         ] {
             let error = parse(line).unwrap_err().to_string();
             assert!(words.iter().all(|word| error.contains(word)), "{line}\n{error}");
