@@ -8,8 +8,8 @@ use quorate::client::{NewSession, Update};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::Signal;
 use tonic::transport::Endpoint;
-use tonic_health::pb::HealthCheckRequest;
-use tonic_health::pb::health_client::HealthClient;
+use tonic_reflection::pb::v1::ServerReflectionRequest;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 
 use crate::cluster::{Cluster, Options, eventually, quorate};
 
@@ -97,9 +97,9 @@ async fn a_server_outlives_its_terminal_and_ends_at_once_at_a_second_signal() {
     cluster.serving(1).await;
     // Somebody who does not let go keeps the node from stopping at once.
     let endpoint = Endpoint::from_shared(format!("http://{}", cluster.address(1))).unwrap();
-    let mut health = HealthClient::new(endpoint.connect().await.unwrap());
-    let mut watching = health.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
-    watching.message().await.unwrap().unwrap();
+    let mut reflection = ServerReflectionClient::new(endpoint.connect().await.unwrap());
+    let asks_nothing = tokio_stream::pending::<ServerReflectionRequest>();
+    let _held = reflection.server_reflection_info(asks_nothing).await.unwrap();
     cluster.signal(1, Signal::TERM);
     traced(&cluster, 1, "stopping").await;
     let ended = cluster.stop(1).await;
