@@ -110,12 +110,7 @@ async fn set_time(
     };
     if !arguments.yes {
         let is = clock(&client.status(&leader).await?);
-        let is = is.map_or_else(|| "not known".to_owned(), time_text);
-        let new = at.map_or_else(|| "the leader's wall clock".to_owned(), time_text);
-        return Err(Failure::Usage(format!(
-            "cluster time is {is} and would become {new}; sessions whose deadline lies before that \
-             end at once, and it cannot be undone: repeat it with --yes"
-        )));
+        return Err(Failure::Usage(preview(is, at)));
     }
     let set = client.set_time(&leader, at).await?;
     let leap = proto_length(set.leap).unwrap_or_default();
@@ -128,6 +123,27 @@ async fn set_time(
     };
     let object = json!({ "leap": length_json(Some(leap)), "cluster_time": time_json(now) });
     common.output().result(&text, &object)
+}
+
+/// What setting the time would do.
+fn preview(is: Option<SystemTime>, at: Option<SystemTime>) -> String {
+    let new = at.map_or_else(|| "the leader's wall clock".to_owned(), time_text);
+    let leap = is.zip(at).map(|(is, at)| at.duration_since(is));
+    let is = is.map_or_else(|| "not known".to_owned(), time_text);
+    match leap {
+        Some(Err(_)) => {
+            format!("cluster time is {is}, later than {new} already, and never goes back")
+        }
+        leap => {
+            let by = leap
+                .and_then(Result::ok)
+                .map_or_else(String::new, |leap| format!(" by {}", length(leap)));
+            format!(
+                "cluster time is {is} and would leap{by} to {new}; sessions whose deadline lies \
+                 before that end at once, and it cannot be undone: repeat it with --yes"
+            )
+        }
+    }
 }
 
 /// One node, as it was found.
@@ -451,6 +467,15 @@ mod tests {
             ..Default::default()
         };
         Node { node_id, address: format!("127.0.0.1:740{node_id}"), status: Ok(status) }
+    }
+
+    #[test]
+    fn what_setting_the_time_would_do_is_said_before() {
+        let time = |seconds| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+        assert!(preview(time(1_000), time(1_060)).contains("would leap by 1m to 1970-01-01T00:17"));
+        assert!(preview(time(1_000), None).contains("would leap to the leader's wall clock"));
+        assert!(preview(time(1_000), time(999)).contains("never goes back"));
+        assert!(preview(None, time(999)).contains("cluster time is not known"));
     }
 
     #[test]

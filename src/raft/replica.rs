@@ -11,7 +11,7 @@ use openraft::{Config, Instant as _, SnapshotPolicy};
 use super::barrier::{BarrierParts, Barriers};
 use super::checkpointer::{CheckpointPolicy, Checkpointer, CheckpointerParts};
 use super::clock::{ClusterClock, Found};
-use super::convert::{log_id_in, record_in};
+use super::convert::{Boundary, log_id_in, record_in};
 use super::exchange::Exchanges;
 use super::freshness::Freshness;
 use super::halt::Halt;
@@ -29,7 +29,7 @@ use super::timekeeper;
 use super::types::{EntryPayload, LogId, Member, Raft, term_of};
 use crate::clock::Clock;
 use crate::proto::peer;
-use crate::state::{self, Stamp, Timestamp};
+use crate::state::{self, Stamp, State, Timestamp};
 use crate::storage::wal::Wal;
 
 /// How late it may be noticed that openraft has given up.
@@ -132,7 +132,7 @@ impl Replica {
             recover(&parts.paths, parts.has_log, supervisor.thread_watch())?;
         let log = LogStore::new(wal.clone(), &recovered).map_err(RecoveryError::new)?;
         let durable = log.durable();
-        let found = find_time(&wal, &recovered, &log, state.as_ref().map(|(_, s)| s.clock()))?;
+        let found = find_time(&wal, &recovered, &log, state.as_ref())?;
         let core = Core::new(state, replace_with);
         let time_note = parts.paths.time;
         let kept = timekeeper::recall(&time_note, &*parts.clock);
@@ -382,14 +382,15 @@ fn find_time(
     wal: &Wal,
     recovered: &crate::storage::wal::Recovered,
     log: &LogStore,
-    state: Option<Stamp>,
+    state: Option<&(Boundary, State)>,
 ) -> Result<Found, RecoveryError> {
-    let committed = state.unwrap_or_default();
+    let committed = state.map_or_else(Stamp::default, |(_, state)| state.clock());
     let mut found = Found { committed, highest: committed, term: log.last_term() };
     let Some(last) = recovered.last_index else { return Ok(found) };
+    let not_applied = state.map_or(0, |(boundary, _)| boundary.next_index());
     // Stamps grow along the log but for some milliseconds, so the last entry that has one has the
-    // highest, and the last of those that are committed theirs.
-    for index in (recovered.first_index..=last).rev() {
+    // highest, and the last of those that are committed theirs. The state knows all before it.
+    for index in (recovered.first_index.max(not_applied)..=last).rev() {
         let records = wal.read(index..index + 1, 0).map_err(RecoveryError::new)?;
         let Some(record) = records.into_iter().next() else { break };
         let entry = record_in(index, record).map_err(RecoveryError::new)?;

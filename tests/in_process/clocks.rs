@@ -1,6 +1,5 @@
 //! What a stop of all nodes does to time, on machines whose clocks are wrong afterwards.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,10 +7,10 @@ use std::time::Duration;
 
 use quorate::client::{Client, Error, NewSession, SessionId};
 use quorate::clock::{Clock, SystemClock};
-use quorate::raft::{CheckpointPolicy, Node, RaftTimeouts};
-use quorate::server::{Listeners, Server, ServerOptions};
+use quorate::raft::Node;
+use quorate::server::{Listeners, Server};
 
-use crate::nodes::{ANY_PORT, PATIENCE, eventually};
+use crate::nodes::{ANY_PORT, FILES_MAX, PATIENCE, eventually, nodes_on};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 const IDLE: Duration = Duration::from_secs(30 * 60);
@@ -55,7 +54,6 @@ impl<'a> Cluster<'a> {
     }
 
     async fn start(&mut self, boot: Boot) {
-        let boot: Arc<dyn Clock> = Arc::new(boot);
         let mut bound = Vec::new();
         for (client, peer) in &mut self.addresses {
             let listeners = eventually("the ports are free", async || {
@@ -65,23 +63,7 @@ impl<'a> Cluster<'a> {
             *peer = listeners.peer_address().unwrap();
             bound.push(listeners);
         }
-        let members = self.addresses.iter().map(|(_, peer)| peer.to_string());
-        let initial_cluster: BTreeMap<u64, String> = (1..).zip(members).collect();
-        for (id, listeners) in (1..).zip(bound) {
-            let options = ServerOptions {
-                node_id: id,
-                data_directory: self.directory.join(format!("node-{id}")),
-                listen: ANY_PORT,
-                peer_listen: ANY_PORT,
-                advertise: None,
-                peer_advertise: None,
-                initial_cluster: initial_cluster.clone(),
-                timeouts: RaftTimeouts::default(),
-                checkpoints: CheckpointPolicy::default(),
-                files_max: 1_024,
-            };
-            self.servers.push(Server::start(options, listeners, boot.clone()).await.unwrap());
-        }
+        self.servers = nodes_on(bound, self.directory, FILES_MAX, Arc::new(boot)).await;
         eventually("all nodes serve", async || {
             self.servers.iter().all(|server| server.node().is_ready()).then_some(())
         })

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quorate::clock::SystemClock;
+use quorate::clock::{Clock, SystemClock};
 use quorate::raft::{CheckpointPolicy, RaftTimeouts};
 use quorate::server::{Listeners, Server, ServerOptions};
 
@@ -16,9 +16,12 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) const ANY_PORT: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
+/// Files that a node may have open where that does not matter.
+pub(crate) const FILES_MAX: usize = 1_024;
+
 /// Starts nodes 1 to 3, which form a cluster by themselves, in directories `node-<id>`.
 pub(crate) async fn three_nodes(directory: &Path) -> Vec<Server> {
-    three_nodes_with(directory, 1_024).await
+    three_nodes_with(directory, FILES_MAX).await
 }
 
 /// The same, each with so many files.
@@ -27,6 +30,16 @@ pub(crate) async fn three_nodes_with(directory: &Path, files_max: usize) -> Vec<
     for _ in 0..3 {
         bound.push(Listeners::bind(ANY_PORT, ANY_PORT).await.unwrap());
     }
+    nodes_on(bound, directory, files_max, Arc::new(SystemClock)).await
+}
+
+/// Starts as many nodes as listeners were bound, with a clock that they share.
+pub(crate) async fn nodes_on(
+    bound: Vec<Listeners>,
+    directory: &Path,
+    files_max: usize,
+    clock: Arc<dyn Clock>,
+) -> Vec<Server> {
     let initial_cluster: BTreeMap<u64, String> = (1..)
         .zip(&bound)
         .map(|(id, listeners)| (id, listeners.peer_address().unwrap().to_string()))
@@ -45,7 +58,7 @@ pub(crate) async fn three_nodes_with(directory: &Path, files_max: usize) -> Vec<
             checkpoints: CheckpointPolicy::default(),
             files_max,
         };
-        servers.push(Server::start(options, listeners, Arc::new(SystemClock)).await.unwrap());
+        servers.push(Server::start(options, listeners, clock.clone()).await.unwrap());
     }
     servers
 }
